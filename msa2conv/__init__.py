@@ -1,0 +1,80 @@
+"""msa2conv: turn a trained Vision Transformer into a cheaper MSA/conv hybrid at an exact FLOPs budget.
+
+Importing this package loads neither timm, fvcore, torch_pruning nor scipy; they come with the function that needs them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adapters.base import Adapter as Adapter, find_sites as find_sites
+    from .api import (
+        Conversion as Conversion,
+        calibrate as calibrate,
+        choose as choose,
+        convert as convert,
+        inspect as inspect,
+        make_plan as make_plan,
+    )
+    from .cost import CostModel as CostModel, count_flops as count_flops
+    from .layouts import Layout as Layout
+    from .levers import FFN as FFN, Mixer as Mixer
+    from .options import Option as Option
+    from .plan import Plan as Plan
+    from .search.calibrate import Calibration as Calibration
+    from .search.solve import solve as solve
+    from .sites import AttentionSite as AttentionSite, Claims as Claims, FFNSite as FFNSite, observe as observe
+    from .storage import load as load, read_plan as read_plan, save as save
+    from .train.distill import distill as distill
+    from .transforms.apply import apply as apply
+    from .transforms.lift import lift as lift
+    from .verify import verify as verify
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Adapter": "adapters.base",
+    "AttentionSite": "sites",
+    "Calibration": "search.calibrate",
+    "Claims": "sites",
+    "Conversion": "api",
+    "CostModel": "cost",
+    "FFN": "levers",
+    "FFNSite": "sites",
+    "Layout": "layouts",
+    "Mixer": "levers",
+    "Option": "options",
+    "Plan": "plan",
+    "apply": "transforms.apply",
+    "calibrate": "api",
+    "choose": "api",
+    "convert": "api",
+    "count_flops": "cost",
+    "distill": "train.distill",
+    "find_sites": "adapters.base",
+    "inspect": "api",
+    "lift": "transforms.lift",
+    "load": "storage",
+    "make_plan": "api",
+    "observe": "sites",
+    "read_plan": "storage",
+    "save": "storage",
+    "solve": "search.solve",
+    "verify": "verify",
+}
+_ERRORS = "errors"
+__all__ = ["__version__", "errors", *sorted(_WHERE)]
+
+
+def __getattr__(name: str) -> Any:
+    if name == _ERRORS:
+        return importlib.import_module(".errors", __name__)
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,77 @@
+"""The adapter protocol, and the walk that turns adapters' claims into Sites: collect, check, then hand over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from torch import nn
+
+from ..errors import ConflictingClaims, NoSitesFound
+from ..sites import AttentionSite, Claims, Observation, Refusal
+
+
+class Adapter(Protocol):
+    """Finds the Sites of one family of backbones.
+
+    `claims` looks at the model and at one observed forward pass and returns what it recognises; a module that it must
+    leave alone goes into `refusals` with the reason. It returns empty Claims for a model that is not its own.
+    """
+
+    name: str
+
+    def claims(self, model: nn.Module, seen: Observation) -> Claims: ...
+
+
+def default_adapters() -> tuple[Adapter, ...]:
+    """The built-in adapters: timm's ViT family and timm's Swin."""
+    from .swin import SwinAdapter
+    from .vit import VisionTransformerAdapter
+
+    return VisionTransformerAdapter(), SwinAdapter()
+
+
+def find_sites(model: nn.Module, seen: Observation, adapters: Iterable[Adapter] | None = None) -> Claims:
+    """Ask every adapter; return all Sites in execution order.
+
+    Raises:
+        NoSitesFound: no attention was claimed; the message lists what was seen and why it was refused.
+        ConflictingClaims: two adapters claim the same module.
+    """
+    adapters = tuple(default_adapters() if adapters is None else adapters)
+    owners: dict[str, str] = {}
+    found: list[Claims] = []
+    for adapter in adapters:
+        claims = adapter.claims(model, seen)
+        for site in claims.sites:
+            if site.path in owners:
+                raise ConflictingClaims(
+                    site.path,
+                    f"claims of both {owners[site.path]!r} and {adapter.name!r}",
+                    "one adapter for one module",
+                    "Pass adapters=[...] with only one of them.",
+                )
+            owners[site.path] = adapter.name
+        found.append(claims)
+    order = {path: index for index, path in enumerate(seen.calls)}
+    sites = sorted((site for claims in found for site in claims.sites), key=lambda site: order[site.path])
+    refusals = tuple(refusal for claims in found for refusal in claims.refusals)
+    if not any(isinstance(site, AttentionSite) for site in sites):
+        raise NoSitesFound(
+            type(model).__name__,
+            _describe(model, refusals),
+            f"an attention that one of the adapters ({', '.join(adapter.name for adapter in adapters)}) knows",
+            "Write an adapter for it (CONTRIBUTING.md, 'Add a backbone') and pass adapters=[yours].",
+        )
+    return Claims(tuple(sites), refusals)
+
+
+def _describe(model: nn.Module, refusals: tuple[Refusal, ...]) -> str:
+    if refusals:
+        return "; ".join(f"{item.path} ({item.kind}): {item.reason}" for item in refusals[:8])
+    kinds = {
+        f"{path} ({type(module).__name__})"
+        for path, module in model.named_modules()
+        if "attention" in type(module).__name__.lower() or "attn" in type(module).__name__.lower()
+    }
+    return f"unknown attention modules {', '.join(sorted(kinds)[:8])}" if kinds else "no attention module at all"

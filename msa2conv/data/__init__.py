@@ -1,0 +1,135 @@
+"""Images: what users give as `data`, folders of photos, and the photos that are shipped for calibration."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from importlib import resources
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InvalidArgument, InvalidCalibrationData, NonFiniteValue
+from ..plan import Preprocessing
+
+FEWEST, COMFORTABLE = 8, 64
+EMBEDDED = "224 CC0 photos of clothing shipped with msa2conv"
+
+
+def load_images(data: Any, limit: int, size: tuple[int, ...], seed: int = 0) -> Tensor:
+    """Gather up to `limit` calibration images.
+
+    Args:
+        data: a tensor [n, C, H, W], a map-style Dataset (a random subset is drawn, since data sets are often sorted by
+            class), or any iterable of batches [b, C, H, W] or of tuples whose first entry is one. It is read only as
+            far as needed.
+        limit: number of images to take.
+        size: (C, H, W) that every image must have.
+        seed: for the subset of a Dataset.
+
+    Returns:
+        float32 images [n, C, H, W] on the CPU.
+
+    Raises:
+        InvalidCalibrationData: too few images, or a batch of another shape or type; names the batch.
+        NonFiniteValue: NaN or Inf in an image.
+    """
+    batches: list[Tensor] = []
+    count = 0
+    for index, batch in enumerate(_batches(data, limit, seed)):
+        if isinstance(batch, (tuple, list)) and batch:
+            batch = batch[0]
+        if isinstance(batch, dict):
+            batch = next((batch[key] for key in ("pixel_values", "image", "images") if key in batch), None)
+        if not isinstance(batch, Tensor) or not batch.is_floating_point() or tuple(batch.shape[1:]) != tuple(size):
+            found = f"{type(batch).__name__}"
+            if isinstance(batch, Tensor):
+                found = f"a {str(batch.dtype).removeprefix('torch.')} tensor of shape {tuple(batch.shape)}"
+            raise InvalidCalibrationData(
+                f"data, batch {index}",
+                found,
+                f"float images [b, {', '.join(map(str, size))}], normalised as the model expects",
+                "Make every batch (or the first entry of its tuple) such a tensor.",
+            )
+        if not torch.isfinite(batch).all():
+            raise NonFiniteValue(
+                f"data, batch {index}", "NaN or Inf in the images", "finite numbers", "Check the loader."
+            )
+        batches.append(batch[: limit - count].detach().float().cpu())
+        count += len(batches[-1])
+        if count >= limit:
+            break
+    if count < FEWEST:
+        raise InvalidCalibrationData(
+            "data",
+            f"{count} images",
+            f"at least {FEWEST}, better {COMFORTABLE} to 256",
+            "Give more images (labels are not needed), or data=None for the shipped photos.",
+        )
+    return torch.cat(batches)
+
+
+def _batches(data: Any, limit: int, seed: int) -> Iterator[Any]:
+    if isinstance(data, Tensor):
+        yield from torch.split(data, 32) if data.ndim else [data]
+    elif hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, (list, tuple, dict)):
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:limit]
+        for index in order.tolist():
+            item = data[index]
+            image = item[0] if isinstance(item, (tuple, list)) else item
+            yield image[None] if isinstance(image, Tensor) else image
+    elif isinstance(data, Iterable):
+        yield from data
+    else:
+        raise InvalidCalibrationData(
+            "data", type(data).__name__, "an iterable of image batches, a Dataset or a DataLoader", "See load_images."
+        )
+
+
+def transform(size: tuple[int, ...], preprocessing: Preprocessing) -> Any:
+    """Resize the short side to size / crop_pct, crop the centre, normalise: timm's evaluation transform."""
+    from torchvision import transforms
+
+    modes = {"bilinear": "BILINEAR", "lanczos": "LANCZOS", "nearest": "NEAREST"}
+    mode = transforms.InterpolationMode[modes.get(preprocessing.interpolation, "BICUBIC")]
+    height, width = size[-2:]
+    return transforms.Compose(
+        [
+            transforms.Resize(int(np.floor(max(height, width) / preprocessing.crop_pct)), interpolation=mode),
+            transforms.CenterCrop((height, width)),
+            transforms.ToTensor(),
+            transforms.Normalize(preprocessing.mean, preprocessing.std),
+        ]
+    )
+
+
+def embedded_photos(size: tuple[int, ...], preprocessing: Preprocessing) -> Tensor:
+    """The shipped photos, prepared for a model: [224, C, H, W]."""
+    from PIL import Image
+
+    if size[0] != 3:
+        raise InvalidCalibrationData(
+            "data", f"None, for a model of {size[0]} channels", "RGB for the shipped photos", "Pass data=your images."
+        )
+    prepare = transform(size, preprocessing)
+    with resources.files(__package__).joinpath("photos.npz").open("rb") as file:
+        packed = np.load(io.BytesIO(file.read()), allow_pickle=False)
+        jpeg, offsets = packed["jpeg"].tobytes(), packed["offsets"].tolist()
+    images = (Image.open(io.BytesIO(jpeg[start:stop])).convert("RGB") for start, stop in pairwise(offsets))
+    return torch.stack([prepare(image) for image in images])
+
+
+def image_folder(root: str | Path, size: tuple[int, ...], preprocessing: Preprocessing) -> Any:
+    """torchvision's ImageFolder (one subfolder a class, in alphabetical order) with the model's own transform."""
+    from torchvision.datasets import ImageFolder
+
+    try:
+        return ImageFolder(str(root), transform(size, preprocessing))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InvalidArgument(
+            str(root), f"no images ({error})", "a folder with one subfolder of images per class", "Check the path."
+        ) from error

@@ -1,0 +1,157 @@
+"""How tokens lie on the image: the only place that knows it.
+
+Shape suffixes: B batch, P prefix tokens, C channels, H W grid; a token tensor has no fixed shape, its pattern says it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from .errors import LayoutMismatch
+
+Size = tuple[int, int]
+_AXES = re.compile(r"\(([^()]*)\)|(\S+)")
+
+
+class Layout(BaseModel):
+    """A bijection between a token tensor and (prefix tokens, a C x H x W map).
+
+    The pattern names the axes of the token tensor, outermost first; axes that share a tensor dimension stand in
+    parentheses. `b` is the batch, `c` the channels, `h w` the position inside a window, `nh nw` the window.
+
+        "b (h w) c"             ViT: one window that is the whole grid
+        "(b nh nw) (h w) c"     Swin: windows folded into the batch
+        "b h w c", "b c h w"    maps
+
+    Going to tokens the map is rolled by `-shift`, padded with zeros at the bottom and right to whole windows, and cut;
+    going to the map all of that is undone and padded positions are dropped.
+
+    Args:
+        pattern: see above.
+        grid: (H, W) of the real positions.
+        prefix: number of tokens (class, distillation, registers) before the patches; needs the pattern `b (h w) c`.
+        window: (h, w) of a window; None means the whole grid.
+        shift: cyclic shift (rows, columns) that the backbone applied before cutting windows.
+
+    Raises:
+        LayoutMismatch: tokens that do not have this geometry.
+
+    Example:
+        >>> import torch
+        >>> layout = Layout(grid=(14, 14), prefix=1)
+        >>> prefix, patches = layout.to_map(torch.zeros(2, 197, 8))
+        >>> prefix.shape, patches.shape
+        (torch.Size([2, 1, 8]), torch.Size([2, 8, 14, 14]))
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pattern: str = Field(default="b (h w) c", max_length=64)
+    grid: tuple[int, int]
+    prefix: int = Field(default=0, ge=0, le=1024)
+    window: tuple[int, int] | None = None
+    shift: tuple[int, int] = (0, 0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Layout:
+        if sorted(axis for group in self._groups for axis in group if axis not in ("nh", "nw")) != ["b", "c", "h", "w"]:
+            raise ValueError(f"pattern {self.pattern!r} must name b, c, h and w once (nh and nw belong to windows)")
+        if ["c"] not in self._groups:
+            raise ValueError(f"pattern {self.pattern!r} must leave the channels c a dimension of their own")
+        for name, size in (("grid", self.grid), ("window", self._window)):
+            if not all(1 <= side <= 16384 for side in size):
+                raise ValueError(f"{name} {size} must lie in 1..16384")
+        if not all(0 <= shift < side for shift, side in zip(self.shift, self.grid, strict=True)):
+            raise ValueError(f"shift {self.shift} must lie in 0..grid-1")
+        if self.prefix and self._groups != [["b"], ["h", "w"], ["c"]]:
+            raise ValueError("prefix tokens need the pattern 'b (h w) c'")
+        if self._counts != (1, 1) and not {"nh", "nw"} <= {axis for group in self._groups for axis in group}:
+            raise ValueError(f"pattern {self.pattern!r} must name nh and nw, since there are {self._counts} windows")
+        return self
+
+    @cached_property
+    def _groups(self) -> list[list[str]]:
+        return [(inner or single).split() for inner, single in _AXES.findall(self.pattern)]
+
+    @property
+    def _window(self) -> Size:
+        return self.window or self.grid
+
+    @cached_property
+    def _counts(self) -> Size:
+        (grid_h, grid_w), (h, w) = self.grid, self._window
+        return math.ceil(grid_h / max(h, 1)), math.ceil(grid_w / max(w, 1))
+
+    @property
+    def positions(self) -> int:
+        """Number of real grid positions, H * W."""
+        return self.grid[0] * self.grid[1]
+
+    def _sizes(self, channels: int) -> dict[str, int]:
+        (h, w), (nh, nw) = self._window, self._counts
+        return {"h": h, "w": w, "nh": nh, "nw": nw, "c": channels}
+
+    def check(self, tokens: Tensor) -> None:
+        """Raise LayoutMismatch unless `tokens` has this geometry."""
+        if tokens.ndim == len(self._groups):
+            sizes = self._sizes(tokens.shape[self._groups.index(["c"])])
+            expected = [math.prod(sizes.get(axis, 1) for axis in group) for group in self._groups]
+            if self.prefix:
+                expected[1] += self.prefix
+            if all(
+                found % size == 0 if "b" in group else found == size
+                for found, size, group in zip(tokens.shape, expected, self._groups, strict=True)
+            ):
+                return
+        (h, w), prefix = self.grid, f" + {self.prefix} prefix tokens" if self.prefix else ""
+        windows = f" in windows of {self._window[0]} x {self._window[1]}" if self.window else ""
+        raise LayoutMismatch(
+            f"tokens '{self.pattern}'",
+            f"a tensor of shape {tuple(tokens.shape)}",
+            f"{h} x {w} positions{prefix}{windows}",
+            "A hybrid runs at the image size it was converted for: convert again with example_inputs of the new size.",
+        )
+
+    def to_map(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens -> (prefix_BPC, map_BCHW)."""
+        self.check(tokens)
+        if self.prefix:
+            prefix_BPC, tokens = tokens[:, : self.prefix], tokens[:, self.prefix :]
+        else:
+            prefix_BPC = tokens.new_zeros((0,))
+        channels = tokens.shape[self._groups.index(["c"])]
+        sizes = self._sizes(channels)
+        shape: list[int] = []
+        for group in self._groups:
+            shape += [sizes.get(axis, -1) for axis in group]
+        flat = [axis for group in self._groups for axis in group]
+        order = [flat.index(axis) for axis in ("b", "c", "nh", "h", "nw", "w") if axis in flat]
+        (h, w), (nh, nw) = self._window, self._counts
+        map_BCHW = tokens.reshape(shape).permute(order).reshape(-1, channels, nh * h, nw * w)
+        map_BCHW = map_BCHW[:, :, : self.grid[0], : self.grid[1]]
+        if any(self.shift):
+            map_BCHW = torch.roll(map_BCHW, self.shift, (2, 3))
+        return prefix_BPC, map_BCHW
+
+    def from_map(self, prefix_BPC: Tensor, map_BCHW: Tensor) -> Tensor:
+        """(prefix_BPC, map_BCHW) -> tokens; the inverse of `to_map`, with zeros at padded positions."""
+        if any(self.shift):
+            map_BCHW = torch.roll(map_BCHW, (-self.shift[0], -self.shift[1]), (2, 3))
+        (h, w), (nh, nw) = self._window, self._counts
+        pad_h, pad_w = nh * h - self.grid[0], nw * w - self.grid[1]
+        if pad_h or pad_w:
+            map_BCHW = F.pad(map_BCHW, (0, pad_w, 0, pad_h))
+        batch, channels = map_BCHW.shape[:2]
+        sizes = {**self._sizes(channels), "b": batch}
+        flat = [axis for group in self._groups for axis in group]
+        source: list[str] = [axis for axis in ("b", "c", "nh", "h", "nw", "w") if axis in flat]
+        tokens = map_BCHW.reshape([sizes[axis] for axis in source]).permute([source.index(axis) for axis in flat])
+        tokens = tokens.reshape([math.prod(sizes[axis] for axis in group) for group in self._groups])
+        return torch.cat((prefix_BPC, tokens), 1) if self.prefix else tokens

@@ -1,0 +1,73 @@
+"""What a lever is: it gathers statistics at a site while images stream by and turns them into a Record of Options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from ..cost import CostModel
+from ..options import Option
+from ..sites import Site
+
+
+class Record(Protocol):
+    """All Options of one site, fitted; savable as JSON + tensors."""
+
+    @property
+    def site(self) -> str:
+        """Path of the site."""
+        ...
+
+    def options(self) -> list[Option]:
+        """Every option, with interpolated scores where not every one was measured."""
+        ...
+
+    def to_measure(self) -> list[Option]:
+        """The options whose score has to be measured on the network."""
+        ...
+
+    def with_scores(self, scores: Mapping[str, float]) -> Record:
+        """A copy that holds the measured {option name: score}."""
+        ...
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """(JSON-able description, tensors)."""
+        ...
+
+
+class Statistics(Protocol):
+    """Streaming sums over activations of one site."""
+
+    def update(self, x: Tensor, out: Tensor, hidden: Tensor | None) -> None:
+        """Add a batch: input, output, and (for an FFN) the hidden units."""
+        ...
+
+    def fit(self, host: nn.Module, costs: CostModel) -> Record:
+        """Solve for the options."""
+        ...
+
+
+class Lever(Protocol):
+    """A kind of change. `name` is what users write in `levers=(...)`."""
+
+    name: str
+
+    def applies(self, site: Site) -> bool: ...
+
+    def host_option(self, site: Site, costs: CostModel) -> Option:
+        """The option that leaves the site as it is."""
+        ...
+
+    def cheapest(self, site: Site, costs: CostModel) -> int:
+        """Multiply-adds of the cheapest option, without fitting anything."""
+        ...
+
+    def memory(self, site: Site) -> int:
+        """Bytes that the statistics of one site take."""
+        ...
+
+    def statistics(self, site: Site, host: nn.Module, prefix_weight: float, ridge_factor: float) -> Statistics:
+        """Empty sums. `prefix_weight`: weight of a prefix row against a patch row; `ridge_factor` multiplies ridges."""
+        ...

@@ -1,0 +1,205 @@
+"""Lever "ffn": drop hidden units of a feed-forward network and refit the layer that reads them.
+
+Units are ranked by an optimal-brain-surgeon score on the covariance of the hidden activations (Hassibi & Stork 1993):
+the unit whose removal, after the best refit of the others, changes the output least goes first. The refit is a ridge.
+Shape suffixes: L rows (tokens of a batch), K hidden units, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from ..cost import CostModel
+from ..options import Option
+from ..plan import Slice, ranges
+from ..sites import FFNSite, Site
+from .ridge import solve_ridge
+
+MEASURED_FRACTIONS = (0.9, 0.8, 0.65, 0.5, 0.35, 0.2, 0.1)
+
+
+class FFN(BaseModel):
+    """How far feed-forward networks may be narrowed.
+
+    Args:
+        round_to: widths are multiples of it.
+        min_keep: smallest fraction of hidden units kept.
+        ridge: strength of the ridge, relative to the mean variance of a hidden unit.
+
+    Example:
+        convert(model, 0.7, levers=("mixer", FFN(round_to=32, min_keep=0.25)))
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Literal["ffn"] = "ffn"
+    round_to: int = Field(default=8, ge=1)
+    min_keep: float = Field(default=0.1, gt=0, le=1)
+    ridge: float = Field(default=1e-3, gt=0)
+
+    def applies(self, site: Site) -> bool:
+        return isinstance(site, FFNSite)
+
+    def host_option(self, site: Site, costs: CostModel) -> Option:
+        assert isinstance(site, FFNSite)
+        return Option(site.path, f"{site.hidden}/{site.hidden}", costs.hosts[site.path], score=0.0)
+
+    def cheapest(self, site: Site, costs: CostModel) -> int:
+        assert isinstance(site, FFNSite)
+        return costs.ffn(site, self.widths(site.hidden)[0])
+
+    def memory(self, site: Site) -> int:
+        assert isinstance(site, FFNSite)
+        return 8 * site.hidden**2
+
+    def widths(self, hidden: int) -> list[int]:
+        """All allowed widths, ascending; the last is the host's own."""
+        step = min(self.round_to, hidden)
+        smallest = max(step, -(-int(np.ceil(self.min_keep * hidden)) // step) * step)
+        return [*range(smallest, hidden, step), hidden]
+
+    def statistics(self, site: Site, host: nn.Module, prefix_weight: float, ridge_factor: float) -> FFNStatistics:
+        assert isinstance(site, FFNSite)
+        return FFNStatistics(self.model_copy(update={"ridge": self.ridge * ridge_factor}), site, prefix_weight)
+
+
+class FFNStatistics:
+    """Weighted second moments of the hidden units: prefix rows count by how much the output listens to them."""
+
+    def __init__(self, lever: FFN, site: FFNSite, prefix_weight: float) -> None:
+        self.lever, self.site, self.prefix_weight = lever, site, prefix_weight
+        self.gram_KK = torch.zeros(site.hidden, site.hidden, dtype=torch.double)
+        self.sum_K = torch.zeros(site.hidden, dtype=torch.double)
+        self.total = 0.0
+
+    def update(self, x: Tensor, out: Tensor, hidden: Tensor | None) -> None:
+        assert hidden is not None
+        weights = torch.ones(hidden.shape[:-1], device=hidden.device)
+        if self.site.layout.prefix:
+            weights[:, : self.site.layout.prefix] = self.prefix_weight
+        rows_LK, weights_L = hidden.reshape(-1, hidden.shape[-1]), weights.reshape(-1, 1)
+        weighted_LK = rows_LK * weights_L
+        self.gram_KK += (rows_LK.T @ weighted_LK).cpu()
+        self.sum_K += weighted_LK.sum(0).double().cpu()
+        self.total += float(weights_L.sum())
+
+    def fit(self, host: nn.Module, costs: CostModel) -> FFNRecord:
+        layer: Any = host.get_submodule(self.site.output)
+        weight_OK = layer.weight.detach().float().cpu()
+        mean_K = self.sum_K / self.total
+        covariance_KK = (self.gram_KK / self.total - torch.outer(mean_K, mean_K)).float()
+        order = _elimination_order(covariance_KK.double(), weight_OK.double(), self.lever)
+        bias = layer.bias
+        bias_O = torch.zeros(len(weight_OK)) if bias is None else bias.detach().float().cpu()
+        return FFNRecord(
+            self.site,
+            self.lever,
+            costs,
+            torch.tensor(order),
+            covariance_KK,
+            mean_K.float(),
+            weight_OK,
+            bias_O,
+            bias is not None,
+        )
+
+
+def _elimination_order(covariance_KK: Tensor, weight_OK: Tensor, lever: FFN) -> list[int]:
+    """Units in the order in which they go, `round_to` at a time with the others refitted in between; survivors last."""
+    hidden = len(covariance_KK)
+    widths = lever.widths(hidden)
+    ridge = lever.ridge * covariance_KK.diagonal().mean().clamp_min(1e-12)
+    inverse_KK = torch.linalg.inv(covariance_KK + ridge * torch.eye(hidden, dtype=torch.double))
+    weight_OK = weight_OK.clone()
+    alive = torch.ones(hidden, dtype=torch.bool)
+    order: list[int] = []
+    for width, wider in zip(widths[-2::-1], widths[:0:-1], strict=True):
+        saliency_K = (weight_OK**2).sum(0) / inverse_KK.diagonal()
+        saliency_K[~alive] = torch.inf
+        going = saliency_K.topk(wider - width, largest=False).indices
+        step = torch.linalg.solve(inverse_KK[going][:, going], inverse_KK[going])
+        weight_OK -= weight_OK[:, going] @ step
+        inverse_KK -= inverse_KK[:, going] @ step
+        alive[going] = False
+        weight_OK[:, ~alive] = 0
+        order += going.tolist()
+    return order + alive.nonzero().flatten().tolist()
+
+
+@dataclass(frozen=True)
+class FFNRecord:
+    """Everything needed to build an FFN of any allowed width."""
+
+    ffn: FFNSite
+    lever: FFN
+    costs: CostModel
+    order: Tensor
+    covariance_KK: Tensor
+    mean_K: Tensor
+    weight_OK: Tensor
+    bias_O: Tensor
+    has_bias: bool
+    scores: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def site(self) -> str:
+        return self.ffn.path
+
+    def _measured_widths(self) -> list[int]:
+        widths = self.lever.widths(self.ffn.hidden)[:-1]
+        wanted = [fraction * self.ffn.hidden for fraction in MEASURED_FRACTIONS] + [min(widths, default=0)]
+        return sorted({min(widths, key=lambda width: abs(width - target)) for target in wanted} if widths else set())
+
+    def to_measure(self) -> list[Option]:
+        return [self._option(width, None) for width in self._measured_widths()]
+
+    def options(self) -> list[Option]:
+        host = self.ffn.hidden
+        measured = sorted([*self.scores, (host, 0.0)])
+        widths, scores = zip(*measured, strict=True)
+        result = [Option(self.site, f"{host}/{host}", self.costs.hosts[self.site], score=0.0)]
+        for width in self.lever.widths(host)[:-1]:
+            result.append(self._option(width, float(np.interp(width, widths, scores))))
+        return result
+
+    def _option(self, width: int, score: float | None) -> Option:
+        kept = self.order[len(self.order) - width :].sort().values
+        path = self.site
+        edits = tuple(Slice(path=f"{path}.{name}", dim=dim, kept=ranges(kept.tolist())) for name, dim in self.ffn.units)
+        return Option(
+            path, f"{width}/{self.ffn.hidden}", self.costs.ffn(self.ffn, width), edits, lambda: self._refit(kept), score
+        )
+
+    def _refit(self, kept: Tensor) -> dict[str, Tensor]:
+        """W' = W C[:, kept] (C[kept, kept] + ridge)^-1; the mean of what left goes into the bias."""
+        covariance_KK, weight_OK, mean_K = self.covariance_KK.double(), self.weight_OK.double(), self.mean_K.double()
+        refit_KO = solve_ridge(covariance_KK[kept][:, kept], covariance_KK[kept] @ weight_OK.T, self.lever.ridge)
+        path = f"{self.site}.{self.ffn.output}"
+        tensors = {f"{path}.weight": refit_KO.T.float().contiguous()}
+        if self.has_bias:
+            tensors[f"{path}.bias"] = (self.bias_O + weight_OK @ mean_K - refit_KO.T @ mean_K[kept]).float()
+        return tensors
+
+    def with_scores(self, scores: Mapping[str, float]) -> FFNRecord:
+        return replace(self, scores=tuple(sorted((int(name.split("/")[0]), score) for name, score in scores.items())))
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        meta = {"lever": "ffn", "site": self.site, "config": self.lever.model_dump(), "has_bias": self.has_bias}
+        meta["scores"] = [list(pair) for pair in self.scores]
+        names = ("order", "covariance_KK", "mean_K", "weight_OK", "bias_O")
+        return meta, {name: getattr(self, name) for name in names}
+
+    @classmethod
+    def from_state(
+        cls, site: FFNSite, costs: CostModel, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> FFNRecord:
+        scores = tuple((int(width), float(score)) for width, score in meta["scores"])
+        lever = FFN.model_validate(meta["config"])
+        return cls(site, lever, costs, **tensors, has_bias=bool(meta["has_bias"]), scores=scores)

@@ -1,0 +1,68 @@
+"""`inspect`: every attention found, its geometry, where the FLOPs are, floor and ceiling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..cost import CostModel
+from ..sites import AttentionSite, Claims, FFNSite
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What msa2conv sees in a model; `print` it.
+
+    Args:
+        name: of the model.
+        claims: sites and refusals.
+        costs: multiply-adds, one forward pass at batch 1.
+        floor: multiply-adds below which the allowed levers cannot go; the ceiling is `costs.base`.
+        input_size: (C, H, W).
+        parameters: number of parameters.
+    """
+
+    name: str
+    claims: Claims
+    costs: CostModel
+    floor: int
+    input_size: tuple[int, ...]
+    parameters: int
+
+    def share(self, kind: type[AttentionSite] | type[FFNSite]) -> float:
+        """Fraction of all multiply-adds spent in the sites of one kind."""
+        return sum(self.costs.hosts[s.path] for s in self.claims.sites if isinstance(s, kind)) / self.costs.base
+
+    def __str__(self) -> str:
+        base = self.costs.base
+        size = " x ".join(map(str, self.input_size))
+        lines = [
+            f"{self.name}   {base / 1e9:.3f} GFLOPs (multiply-adds, batch 1)"
+            f"   {self.parameters / 1e6:.2f} M params   {size}",
+            f"attention {self.share(AttentionSite):.1%}   ffn {self.share(FFNSite):.1%}"
+            f"   rest {self.costs.rest / base:.1%}",
+            f"reachable: {self.floor / 1e9:.3f} (floor, {self.floor / base:.1%}) to {base / 1e9:.3f} GFLOPs",
+            "",
+            f"{'site':<28} {'kind':<10} {'MFLOPs':>8}  geometry",
+        ]
+        for site in self.claims.sites:
+            flops = self.costs.hosts[site.path] / 1e6
+            if isinstance(site, AttentionSite):
+                lines.append(f"{site.path:<28} {'attention':<10} {flops:8.1f}  {_geometry(site)}")
+            else:
+                lines.append(f"{site.path:<28} {'ffn':<10} {flops:8.1f}  {site.dim} -> {site.hidden} -> {site.dim}")
+        if self.claims.refusals:
+            lines += ["", "left as they are:"]
+            lines += [f"  {item.path} ({item.kind}): {item.reason}" for item in self.claims.refusals]
+        return "\n".join(lines)
+
+
+def _geometry(site: AttentionSite) -> str:
+    layout = site.layout
+    text = f"{site.heads} heads x {site.head_dim}, grid {layout.grid[0]} x {layout.grid[1]}"
+    if layout.prefix:
+        text += f" + {layout.prefix} prefix"
+    if layout.window:
+        text += f", windows {layout.window[0]} x {layout.window[1]}"
+    if any(layout.shift):
+        text += f", shifted by {layout.shift[0]}, {layout.shift[1]}"
+    return text

@@ -1,0 +1,294 @@
+"""Calibrated search: fit every option in closed form, measure what each costs in accuracy. No gradients, no labels."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..cost import CostModel
+from ..errors import ArchitectureMismatch, InvalidCheckpoint, NonFiniteValue, UnsupportedSchema
+from ..levers import Lever, Record
+from ..levers.ffn import FFNRecord
+from ..levers.mixer import MixerRecord
+from ..options import Option
+from ..plan import fingerprint, weights_sha256
+from ..progress import track
+from ..sites import AttentionSite, Claims, FFNSite, Site
+from ..storage import read_tensors, write_tensors
+from ..transforms.lift import Supernet, lift
+from .measure import Measure, default_measure, distance
+from .replay import Replay
+
+BATCH = 32
+FORMAT_KEY, FORMAT_VERSION = "msa2conv.calibration", "1"
+_STATISTICS_BYTES = 2 * 2**30  # sites whose sums do not fit together are gathered in several passes over the images
+_WORST = 1e3  # stands for "broke the network", so that scores stay finite
+_PROBE = 0.1  # size of the perturbation that asks how much the output listens to prefix rows
+
+
+@dataclass
+class Calibration:
+    """Everything measured about one trained model; every further budget reuses it in seconds.
+
+    Args:
+        fingerprint, weights: identify the model it belongs to.
+        costs: multiply-adds of every site.
+        records: fitted options and their scores, one record a site.
+        images: held-out calibration images, for comparing whole plans.
+        reference: the original's output on them.
+        measure: "kl" or "relative".
+        source: what the images were.
+        fitted: how many images the options were fitted on.
+        seconds: how long it took.
+        warnings: what the user should know.
+    """
+
+    fingerprint: str
+    weights: str
+    costs: CostModel
+    records: list[Record]
+    images: Tensor
+    reference: Tensor
+    measure: Measure
+    source: str
+    fitted: int = 0
+    seconds: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+
+    def options(self) -> dict[str, list[Option]]:
+        """{site path: its options, the host among them}; scores are measured or interpolated."""
+        return {record.site: record.options() for record in self.records}
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write to one .safetensors file, atomically."""
+        tensors = {"images": self.images, "reference": self.reference}
+        described = []
+        for index, record in enumerate(self.records):
+            meta, values = record.state()
+            described.append(meta)
+            tensors |= {f"{index}|{name}": value for name, value in values.items()}
+        costs = {
+            "base": self.costs.base,
+            "hosts": self.costs.hosts,
+            "units": self.costs.units,
+            "shapes": self.costs.shapes,
+        }
+        about = {
+            name: getattr(self, name)
+            for name in ("fingerprint", "weights", "measure", "source", "fitted", "seconds", "warnings")
+        }
+        text = json.dumps({"version": FORMAT_VERSION, **about, "costs": costs, "records": described})
+        write_tensors(path, tensors, {FORMAT_KEY: text})
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], claims: Claims) -> Calibration:
+        """Read a saved Calibration.
+
+        Args:
+            path: the file.
+            claims: the sites of the model it belongs to: `msa2conv.inspect(model).claims`.
+
+        Raises:
+            InvalidCheckpoint, UnsupportedSchema, ArchitectureMismatch.
+        """
+        tensors, metadata = read_tensors(path)
+        if FORMAT_KEY not in metadata:
+            raise InvalidCheckpoint(
+                str(path), "no calibration inside", "a file by Calibration.save", "Calibrate again."
+            )
+        about = json.loads(metadata[FORMAT_KEY])
+        if about.pop("version", None) != FORMAT_VERSION:
+            raise UnsupportedSchema(str(path), "another version", f"version {FORMAT_VERSION}", "Calibrate again.")
+        costs = about.pop("costs")
+        costs["shapes"] = {site: tuple(shape) for site, shape in costs["shapes"].items()}
+        model = CostModel(**costs)
+        sites = {site.path: site for site in claims.sites}
+        records: list[Record] = []
+        for index, meta in enumerate(about.pop("records")):
+            own = {k.split("|", 1)[1]: v for k, v in tensors.items() if k.split("|", 1)[0] == str(index)}
+            site = sites.get(meta["site"])
+            if isinstance(site, AttentionSite) and meta["lever"] == "mixer":
+                records.append(MixerRecord.from_state(site, model, meta, own))
+            elif isinstance(site, FFNSite) and meta["lever"] == "ffn":
+                records.append(FFNRecord.from_state(site, model, meta, own))
+            else:
+                raise ArchitectureMismatch(
+                    str(path), f"a site {meta['site']!r}", "the sites of this model", "Calibrate this model itself."
+                )
+        return cls(costs=model, records=records, images=tensors["images"], reference=tensors["reference"], **about)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise ArchitectureMismatch unless it was made from this very model (same architecture and weights)."""
+        if (fingerprint(model), weights_sha256(model)) != (self.fingerprint, self.weights):
+            raise ArchitectureMismatch(
+                "calibration",
+                "a Calibration of another model or other weights",
+                "one of this model",
+                "Calibrate again.",
+            )
+
+
+def calibrate_sites(
+    model: nn.Module,
+    claims: Claims,
+    costs: CostModel,
+    images: Tensor,
+    levers: Iterable[Lever],
+    *,
+    source: str = "data",
+    seed: int = 0,
+    progress: bool = True,
+) -> Calibration:
+    """Fit the options of every site on three quarters of the images and score them on the others.
+
+    Args:
+        model: float32, in eval mode; not touched.
+        claims, costs: its sites and what they cost.
+        images: [n, C, H, W].
+        levers: what may change.
+        source: where the images come from, for the report.
+        seed: decides which images are held out.
+        progress: show bars.
+
+    Raises:
+        NonFiniteValue: an activation is NaN or Inf; names the site.
+    """
+    started = time.perf_counter()
+    device = next(model.parameters()).device
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    held_out = max(2, min(64, len(images) // 4))
+    scoring, fitting = images[order[:held_out]], images[order[held_out:]]
+    warnings, ridge_factor = [], 1.0
+    if len(images) < 64:
+        ridge_factor = 10.0
+        warnings.append(f"only {len(images)} calibration images: ridges are 10x stronger, expect a worse fit")
+
+    net = lift(model, claims.sites)
+    chosen = [(site, lever) for site in claims.sites for lever in levers if lever.applies(site)]
+    replay = Replay(
+        net.model, [site.block for site in claims.sites], [b.to(device) for b in torch.split(scoring, BATCH)]
+    )
+    measure = default_measure(model, replay.reference)
+    weights = {
+        site.path: _prefix_weight(net, replay, site, measure, seed)
+        for site, _ in track(chosen, "listen", progress)
+        if isinstance(site, FFNSite)
+    }
+    records = []
+    for group in _groups(chosen):
+        statistics = {
+            site.path: lever.statistics(site, net.nodes[site.path].host, weights.get(site.path, 1.0), ridge_factor)
+            for site, lever in group
+        }
+        with _listening(net, [site for site, _ in group], statistics), torch.no_grad():
+            for batch in track(torch.split(fitting, BATCH), "observe", progress):
+                net.model(batch.to(device))
+        for site, _ in track(group, "fit", progress):
+            records.append(statistics.pop(site.path).fit(net.nodes[site.path].host, costs))
+    by_path = {site.path: site for site in claims.sites}
+    jobs = [(record, option) for record in records for option in record.to_measure()]
+    scores: dict[str, dict[str, float]] = {record.site: {} for record in records}
+    for record, option in track(jobs, "score", progress):
+        site = by_path[record.site]
+        with net.pinned({site.path: net.branch(site, option)}):
+            output = replay.run(site.block)
+        scores[record.site][option.name] = min(_WORST, max(0.0, distance(replay.reference, output, measure)))
+    return Calibration(
+        fingerprint=fingerprint(model),
+        weights=weights_sha256(model),
+        costs=costs,
+        records=[record.with_scores(scores[record.site]) for record in records],
+        images=scoring,
+        reference=replay.reference.cpu(),
+        measure=measure,
+        source=source,
+        fitted=len(fitting),
+        seconds=time.perf_counter() - started,
+        warnings=warnings,
+    )
+
+
+def _groups(chosen: list[tuple[Site, Lever]]) -> Iterator[list[tuple[Site, Lever]]]:
+    """Consecutive sites whose statistics fit into memory together."""
+    group: list[tuple[Site, Lever]] = []
+    total = 0
+    for site, lever in chosen:
+        size = lever.memory(site)
+        if group and total + size > _STATISTICS_BYTES:
+            yield group
+            group, total = [], 0
+        group.append((site, lever))
+        total += size
+    if group:
+        yield group
+
+
+@contextmanager
+def _listening(net: Supernet, sites: list[Site], statistics: dict[str, Any]) -> Iterator[None]:
+    """Feed the statistics from hooks on the hosts of a lifted copy."""
+    handles = []
+    for site in sites:
+        host, sums, hidden = net.nodes[site.path].host, statistics[site.path], dict[str, Tensor]()
+
+        def see(
+            _m: nn.Module, args: Any, kwargs: Any, out: Any, site: Site = site, sums: Any = sums, h: Any = hidden
+        ) -> None:
+            x, out = args[0] if args else next(iter(kwargs.values())), out[0] if isinstance(out, tuple) else out
+            if not torch.isfinite(out).all():
+                raise NonFiniteValue(
+                    site.path, "NaN or Inf in its output on the calibration images", "finite activations",
+                    "Check the normalisation of the images, and the weights.",
+                )  # fmt: skip
+            sums.update(x, out, h.pop("x", None))
+
+        handles.append(host.register_forward_hook(see, with_kwargs=True))
+        if isinstance(site, FFNSite):
+            layer = host.get_submodule(site.output)
+            handles.append(layer.register_forward_pre_hook(lambda _m, args, h=hidden: h.__setitem__("x", args[0])))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Perturbed(nn.Module):
+    """The host with fixed noise of relative size `_PROBE` on some rows of its output."""
+
+    def __init__(self, host: nn.Module, rows: slice, seed: int) -> None:
+        super().__init__()
+        self.host, self.rows, self.seed = host, rows, seed
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        out: Tensor = self.host(*args, **kwargs).clone()
+        noise = torch.randn(out.shape, generator=torch.Generator().manual_seed(self.seed)).to(out)
+        out[:, self.rows] += _PROBE * out.std() * noise[:, self.rows]
+        return out
+
+
+def _prefix_weight(net: Supernet, replay: Replay, site: FFNSite, measure: Measure, seed: int) -> float:
+    """How much more the output listens to one prefix row than to one patch row, in 1..3000.
+
+    Late in a ViT only the class token is read: a fit that counts it as one row of 197 would narrow the FFN for patches
+    that nobody looks at. The answer is the ratio of the distances that equal noise on either kind of row causes.
+    """
+    prefix = site.layout.prefix
+    if not prefix:
+        return 1.0
+    heard = []
+    for rows in (slice(None, prefix), slice(prefix, None)):
+        with net.pinned({site.path: _Perturbed(net.nodes[site.path].host, rows, seed)}):
+            heard.append(distance(replay.reference, replay.run(site.block), measure))
+    patches = site.layout.positions
+    per_prefix, per_patch = heard[0] / prefix, heard[1] / patches
+    return float(min(3000.0, max(1.0, per_prefix / max(per_patch, per_prefix / 3000.0, 1e-30))))

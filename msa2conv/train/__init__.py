@@ -1,0 +1,1 @@
+"""Training: label-free distillation of a hybrid."""

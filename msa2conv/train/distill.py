@@ -1,0 +1,111 @@
+"""A short label-free polish: the hybrid imitates the original on the calibration images."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import NonFiniteValue
+from ..progress import track
+from ..search.measure import Measure
+from ..search.replay import tensor_of
+
+BATCH = 32
+
+
+def distill(
+    hybrid: nn.Module,
+    original: nn.Module,
+    images: Tensor,
+    steps: int,
+    *,
+    lr: float = 2e-4,
+    measure: Measure = "kl",
+    seed: int = 0,
+    progress: bool = True,
+) -> nn.Module:
+    """Train a copy of `hybrid` to give the original's outputs on augmented calibration images.
+
+    AdamW without weight decay, warm-up over a tenth of the steps, then cosine; random resized crops and flips, the same
+    for both. The loss is KL(original || hybrid) of the logits, or the relative squared error of features. See Hinton
+    et al., "Distilling the knowledge in a neural network" (2015).
+
+    Args:
+        hybrid, original: float32 modules on one device; neither is touched. Both run in eval mode (no dropout).
+        images: [n, C, H, W], as the model expects them.
+        steps: optimiser steps of `min(32, n)` images.
+        lr: peak learning rate.
+        measure: which loss.
+        seed: for sampling and augmentation.
+        progress: show a bar.
+
+    Returns:
+        The polished copy. Ctrl-C ends the polish early and returns what has been learned so far.
+
+    Raises:
+        NonFiniteValue: the loss became NaN or Inf; says at which step.
+    """
+    student, teacher = copy.deepcopy(hybrid).eval(), copy.deepcopy(original).eval()
+    device = next(student.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    flags = [parameter.requires_grad for parameter in student.parameters()]
+    for parameter in student.parameters():
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=lr, weight_decay=0.0)
+    warm_up = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, warm_up),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps - warm_up)),
+        ],
+        [warm_up],
+    )
+    try:
+        for step in track(range(steps), "distill", progress):
+            chosen = torch.randint(len(images), (min(BATCH, len(images)),), generator=generator)
+            batch = augment(images[chosen], generator).to(device)
+            with torch.no_grad():
+                reference = tensor_of(teacher(batch))
+            loss = _loss(reference, tensor_of(student(batch)), measure)
+            if not torch.isfinite(loss):
+                raise NonFiniteValue(
+                    f"distillation step {step}", f"a loss of {float(loss)}", "a finite loss", "Lower the learning rate."
+                )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+    except KeyboardInterrupt:
+        pass
+    for parameter, flag in zip(student.parameters(), flags, strict=True):
+        parameter.requires_grad_(flag)
+        parameter.grad = None
+    return student
+
+
+def augment(images_BCHW: Tensor, generator: torch.Generator) -> Tensor:
+    """Random resized crops (area 0.35 to 1, aspect 3/4 to 4/3) and horizontal flips, one per image."""
+    count = len(images_BCHW)
+    area, aspect, left, top, flip = torch.rand(5, count, generator=generator)
+    side = (0.35 + 0.65 * area).sqrt()
+    stretch = torch.exp((aspect - 0.5) * 2 * torch.tensor(4 / 3).log() / 2)
+    width, height = (side * stretch).clamp(max=1.0), (side / stretch).clamp(max=1.0)
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0] = width * torch.where(flip < 0.5, -1.0, 1.0)
+    theta[:, 1, 1] = height
+    theta[:, 0, 2] = (2 * left - 1) * (1 - width)
+    theta[:, 1, 2] = (2 * top - 1) * (1 - height)
+    grid = F.affine_grid(theta, list(images_BCHW.shape), align_corners=False)
+    return F.grid_sample(images_BCHW, grid, padding_mode="reflection", align_corners=False)
+
+
+def _loss(reference: Tensor, output: Tensor, measure: Measure) -> Tensor:
+    if measure == "kl":
+        return F.kl_div(F.log_softmax(output, -1), F.log_softmax(reference, -1), reduction="batchmean", log_target=True)
+    error = (output - reference).flatten(1).square().sum(1) / reference.flatten(1).square().sum(1).clamp_min(1e-12)
+    return error.mean()

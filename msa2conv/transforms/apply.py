@@ -1,0 +1,178 @@
+"""Plan -> hybrid: a small pure interpreter of Edits. Checks every path and shape first, then works on a copy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArchitectureMismatch, InvalidPlan
+from ..plan import Edit, Plan, Replace, SetAttr, Slice, fingerprint
+
+_HINT = "Apply a Plan only to the model it was made for; do not edit Plans by hand."
+_LARGEST_GROWTH = 64  # a new mixer may hold so many times the parameters of the module that it replaces
+
+
+def apply(plan: Plan, model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """Build the hybrid that `plan` describes from `model`, which is left untouched.
+
+    Args:
+        plan: what to do.
+        model: the original (its weights are used where `tensors` has none).
+        tensors: {state-dict name in the hybrid: values}: the fitted parameters, or a whole state dict. Without them new
+            mixers start from PyTorch's default initialisation under the current random state and kept weights are
+            the original's.
+
+    Returns:
+        A new module of the model's own class, on its device, in its dtype and training mode.
+
+    Raises:
+        ArchitectureMismatch: the model is not the one that the plan was made for.
+        InvalidPlan: a path, shape or attribute of the plan does not fit the model.
+    """
+    check_base(plan, model)
+    hybrid = copy.deepcopy(model)
+    apply_edits(hybrid, plan.edits)
+    if tensors is not None:
+        load_tensors(hybrid, tensors)
+    return hybrid
+
+
+def check_base(plan: Plan, model: nn.Module) -> None:
+    """Raise ArchitectureMismatch unless the model has the parameters that the plan was made for."""
+    if fingerprint(model) == plan.base.fingerprint:
+        return
+    count = sum(parameter.numel() for parameter in model.parameters())
+    raise ArchitectureMismatch(
+        "model",
+        f"{type(model).__name__} with {count:,} parameters",
+        f"the architecture of {plan.base.name} ({plan.base.model_class}, {plan.base.parameters:,} parameters, "
+        f"input {plan.base.input_size})",
+        "Give the same architecture (name, num_classes, image size) that was converted.",
+    )
+
+
+def apply_edits(model: nn.Module, edits: Iterable[Edit], root: str = "") -> None:
+    """Run edits on `model` in place; paths are taken relative to `root`. All are checked before the first is run."""
+    edits = tuple(edits)
+    for edit in edits:
+        _check(model, edit, relative(edit.path, root))
+    for edit in edits:
+        path = relative(edit.path, root)
+        if isinstance(edit, Replace):
+            _replace(model, path, edit)
+        elif isinstance(edit, Slice):
+            _slice(model, path, edit)
+        else:
+            setattr(submodule(model, path), edit.name, edit.value)
+
+
+def relative(path: str, root: str) -> str:
+    """`path` as seen from the module at `root`; "" is the root itself."""
+    if not root:
+        return path
+    if path != root and not path.startswith(root + "."):
+        raise InvalidPlan(path, f"a path outside {root}", f"a path under {root}", _HINT)
+    return path[len(root) + 1 :]
+
+
+def submodule(model: nn.Module, path: str) -> nn.Module:
+    """The registered submodule at `path` ("" is the model itself); never an arbitrary attribute."""
+    module = model
+    for part in path.split(".") if path else ():
+        child = module._modules.get(part)
+        if child is None:
+            raise InvalidPlan(path, f"no submodule {part!r} in {type(module).__name__}", "an existing module", _HINT)
+        module = child
+    return module
+
+
+def replace_submodule(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Put `new` where the submodule at `path` is."""
+    parent, _, name = path.rpartition(".")
+    submodule(model, path)
+    submodule(model, parent)._modules[name] = new
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy values into parameters and buffers; every name must exist with the same shape."""
+    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    for name, value in tensors.items():
+        target = own.get(name)
+        if target is None or target.shape != value.shape:
+            found = "no such parameter" if target is None else f"shape {tuple(target.shape)} in the model"
+            raise InvalidPlan(name, found, f"a tensor of shape {tuple(value.shape)}", _HINT)
+    with torch.no_grad():
+        for name, value in tensors.items():
+            own[name].copy_(value)
+
+
+def _check(model: nn.Module, edit: Edit, path: str) -> None:
+    if isinstance(edit, Replace):
+        old = submodule(model, path)
+        with torch.device("meta"):
+            new = edit.spec.build(edit.io)
+        size, limit = _numel(new), _LARGEST_GROWTH * max(_numel(old), 4096)
+        if size > limit:
+            raise InvalidPlan(edit.path, f"a mixer of {size:,} parameters", f"at most {limit:,} here", _HINT)
+    elif isinstance(edit, Slice):
+        owner, parameter = _parameter(model, path)
+        if edit.dim >= parameter.ndim or edit.kept[-1][1] > parameter.shape[edit.dim]:
+            raise InvalidPlan(
+                edit.path,
+                f"a slice of dimension {edit.dim} up to {edit.kept[-1][1]}",
+                f"something inside the shape {tuple(parameter.shape)}",
+                _HINT,
+            )
+        if not isinstance(owner, (nn.Linear, nn.LayerNorm)):
+            raise InvalidPlan(edit.path, f"a parameter of {type(owner).__name__}", "Linear or LayerNorm", _HINT)
+    else:
+        _check_attribute(submodule(model, path), edit)
+
+
+def _check_attribute(owner: nn.Module, edit: SetAttr) -> None:
+    old = vars(owner).get(edit.name)
+    same_type = type(old) is type(edit.value)
+    if not same_type or not isinstance(old, (int, float, tuple)) or isinstance(old, bool):
+        raise InvalidPlan(
+            f"{edit.path}.{edit.name}",
+            f"{type(edit.value).__name__} for {type(old).__name__ if old is not None else 'a missing attribute'}",
+            "an existing int, float or tuple attribute and a value of the same type",
+            _HINT,
+        )
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _parameter(model: nn.Module, path: str) -> tuple[nn.Module, nn.Parameter]:
+    parent, _, name = path.rpartition(".")
+    owner = submodule(model, parent)
+    parameter = owner._parameters.get(name)
+    if parameter is None:
+        raise InvalidPlan(path, f"no parameter {name!r} in {type(owner).__name__}", "an existing parameter", _HINT)
+    return owner, parameter
+
+
+def _replace(model: nn.Module, path: str, edit: Replace) -> None:
+    old = submodule(model, path)
+    new = edit.spec.build(edit.io)
+    like = next(old.parameters(), None)
+    if like is not None:
+        new = new.to(device=like.device, dtype=like.dtype)
+    replace_submodule(model, path, new.train(old.training))
+
+
+def _slice(model: nn.Module, path: str, edit: Slice) -> None:
+    owner, parameter = _parameter(model, path)
+    kept = [parameter.detach().narrow(edit.dim, start, stop - start) for start, stop in edit.kept]
+    sliced = nn.Parameter(torch.cat(kept, edit.dim).clone(), requires_grad=parameter.requires_grad)
+    owner._parameters[path.rpartition(".")[2]] = sliced
+    if isinstance(owner, nn.Linear):
+        if sliced.ndim == 2:
+            owner.out_features, owner.in_features = sliced.shape
+    elif isinstance(owner, nn.LayerNorm):
+        owner.normalized_shape = tuple(sliced.shape)

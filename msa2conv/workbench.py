@@ -1,0 +1,66 @@
+"""The user's model is never touched: unwrap it, and make a float32 copy in eval mode to work on."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from .adapters.build import example_size
+from .errors import InvalidArgument, InvalidInput
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The plain module inside DataParallel, DistributedDataParallel or `torch.compile`."""
+    if not isinstance(model, nn.Module):
+        raise InvalidArgument("model", type(model).__name__, "a torch.nn.Module", "Pass the model object itself.")
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def working_copy(model: nn.Module) -> nn.Module:
+    """A float32 copy in eval mode, without the user's hooks, on the model's device."""
+    if next(model.parameters(), None) is None:
+        raise InvalidArgument("model", "a module without parameters", "a trained network", "Pass the model itself.")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise InvalidArgument("model", "parameters on the meta device", "real weights", "Load the weights first.")
+    work = copy.deepcopy(model)
+    for module in work.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+        module._backward_hooks.clear()
+        module._backward_pre_hooks.clear()
+    for parameter in work.parameters():
+        parameter.grad = None
+    work = work.float().eval().requires_grad_(False)
+    if hasattr(work, "set_grad_checkpointing"):
+        work.set_grad_checkpointing(False)  # type: ignore[operator]
+    return work
+
+
+def example_input(model: nn.Module, example_inputs: Tensor | None) -> Tensor:
+    """One image [1, C, H, W] in float32 on the model's device: the user's, or noise of the declared size."""
+    device = next(model.parameters()).device
+    if example_inputs is not None:
+        if not isinstance(example_inputs, Tensor) or example_inputs.ndim != 4 or not example_inputs.is_floating_point():
+            found = type(example_inputs).__name__
+            if isinstance(example_inputs, Tensor):
+                dtype = str(example_inputs.dtype).removeprefix("torch.")
+                found = f"a {dtype} tensor of shape {tuple(example_inputs.shape)}"
+            raise InvalidInput(
+                "example_inputs", found, "a float tensor [B, C, H, W]", "Pass for example torch.zeros(1, 3, 224, 224)."
+            )
+        return example_inputs[:1].detach().float().to(device)
+    size = example_size(model)
+    if size is None:
+        raise InvalidInput(
+            "example_inputs", "None, and a model that does not state its image size", "a float tensor [B, C, H, W]",
+            "Pass for example torch.zeros(1, 3, 224, 224).",
+        )  # fmt: skip
+    return torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).to(device)
