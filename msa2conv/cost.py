@@ -24,168 +24,21 @@ from .transforms.apply import apply_edits
 from .transforms.lift import lift
 
 # Element-wise, softmax, activations, indexing, data movement: 0 by definition, listed so that anything else raises.
-ZERO_FLOPS = frozenset(
-    "aten::" + name
-    for name in [
-        "abs",
-        "add",
-        "add_",
-        "alias",
-        "all",
-        "any",
-        "argmax",
-        "argsort",
-        "as_strided",
-        "avg_pool2d",
-        "baddbmm_zero",
-        "bernoulli",
-        "bernoulli_",
-        "bitwise_and",
-        "bitwise_or",
-        "broadcast_tensors",
-        "ceil",
-        "clone",
-        "cos",
-        "cumsum",
-        "diff",
-        "div",
-        "div_",
-        "dropout_",
-        "elu",
-        "embedding",
-        "erf",
-        "exp",
-        "expand_as",
-        "eye",
-        "feature_dropout",
-        "fill_",
-        "flip",
-        "floor_divide_",
-        "fmod",
-        "gelu",
-        "gelu_",
-        "glu",
-        "hardsigmoid",
-        "hardsigmoid_",
-        "hardswish",
-        "hardswish_",
-        "hardtanh",
-        "hardtanh_",
-        "im2col",
-        "index",
-        "index_add",
-        "index_copy",
-        "index_put_",
-        "index_select",
-        "is_nonzero",
-        "item",
-        "leaky_relu",
-        "leaky_relu_",
-        "linalg_vector_norm",
-        "linspace",
-        "log",
-        "log_softmax",
-        "logical_and",
-        "logical_not",
-        "logical_or",
-        "lt",
-        "le",
-        "masked_fill",
-        "masked_fill_",
-        "masked_scatter",
-        "masked_select",
-        "max",
-        "max_pool2d",
-        "maximum",
-        "mean",
-        "min",
-        "minimum",
-        "mish",
-        "movedim",
-        "mul",
-        "mul_",
-        "narrow",
-        "native_dropout",
-        "ne",
-        "neg",
-        "new_empty",
-        "new_full",
-        "new_ones",
-        "new_zeros",
-        "nonzero",
-        "norm",
-        "numpy_T",
-        "one_hot",
-        "ones",
-        "ones_like",
-        "outer",
-        "pad",
-        "pixel_shuffle",
-        "pixel_unshuffle",
-        "pow",
-        "prelu",
-        "prod",
-        "rand",
-        "rand_like",
-        "randn",
-        "randperm",
-        "reciprocal",
-        "relu6",
-        "relu6_",
-        "remainder",
-        "repeat",
-        "repeat_interleave",
-        "resolve_conj",
-        "roll",
-        "rsqrt",
-        "rsub",
-        "scatter",
-        "scatter_add",
-        "select_scatter",
-        "selu",
-        "sgn",
-        "sigmoid",
-        "sigmoid_",
-        "sign",
-        "silu",
-        "silu_",
-        "sin",
-        "size",
-        "slice_scatter",
-        "softmax",
-        "softplus",
-        "sort",
-        "sqrt",
-        "square",
-        "stack",
-        "std",
-        "sub",
-        "sub_",
-        "sum",
-        "swapaxes",
-        "take_along_dim",
-        "tanh",
-        "tensor_split",
-        "tile",
-        "topk",
-        "tril",
-        "triu",
-        "triu_",
-        "type_as",
-        "unbind",
-        "unflatten",
-        "unfold",
-        "uniform_",
-        "unsafe_chunk",
-        "unsafe_split",
-        "upsample_bicubic2d",
-        "var",
-        "var_mean",
-        "where",
-        "zero_",
-        "zeros_like",
-    ]
-)
+_ZERO_NAMES = """
+abs add add_ alias all any argmax argsort as_strided avg_pool2d bernoulli bernoulli_ bitwise_and bitwise_or
+broadcast_tensors ceil clone cos cumsum diff div div_ dropout_ elu embedding erf exp expand_as eye
+feature_dropout fill_ flip floor_divide_ fmod gelu gelu_ glu hardsigmoid hardsigmoid_ hardswish hardswish_
+hardtanh hardtanh_ im2col index index_add index_copy index_put_ index_select is_nonzero item leaky_relu
+leaky_relu_ linalg_vector_norm linspace log log_softmax logical_and logical_not logical_or lt le masked_fill
+masked_fill_ masked_scatter masked_select max max_pool2d maximum mean min minimum mish movedim mul mul_ narrow
+native_dropout ne neg new_empty new_full new_ones new_zeros nonzero norm numpy_T one_hot ones ones_like outer
+pad pixel_shuffle pixel_unshuffle pow prelu prod rand rand_like randn randperm reciprocal relu6 relu6_ remainder
+repeat repeat_interleave resolve_conj roll rsqrt rsub scatter scatter_add select_scatter selu sgn sigmoid
+sigmoid_ sign silu silu_ sin size slice_scatter softmax softplus sort sqrt square stack std sub sub_ sum
+swapaxes take_along_dim tanh tensor_split tile topk tril triu triu_ type_as unbind unflatten unfold uniform_
+unsafe_chunk unsafe_split _upsample_bicubic2d_aa upsample_bicubic2d var var_mean where zero_ zeros_like
+"""
+ZERO_FLOPS = frozenset(f"aten::{name}" for name in _ZERO_NAMES.split())
 
 
 def count_flops(model: nn.Module, inputs: Tensor) -> int:
@@ -215,8 +68,10 @@ def count_flops(model: nn.Module, inputs: Tensor) -> int:
 
 def flops_by_module(model: nn.Module, inputs: Tensor) -> Counter[str]:
     """{module path: multiply-adds inside it} on these very inputs; "" is the whole model. See `count_flops`."""
-    from fvcore.nn import FlopCountAnalysis
-    from fvcore.nn.jit_handles import norm_flop_counter
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # fvcore's import touches a deprecated part of torch
+        from fvcore.nn import FlopCountAnalysis
+        from fvcore.nn.jit_handles import norm_flop_counter
 
     model = copy.deepcopy(model).eval()
     logging.getLogger("fvcore").setLevel(logging.ERROR)

@@ -102,7 +102,7 @@ class Layout(BaseModel):
         """Raise LayoutMismatch unless `tokens` has this geometry."""
         if tokens.ndim == len(self._groups):
             sizes = self._sizes(tokens.shape[self._groups.index(["c"])])
-            expected = [math.prod(sizes.get(axis, 1) for axis in group) for group in self._groups]
+            expected = [math.prod([sizes.get(axis, 1) for axis in group]) for group in self._groups]
             if self.prefix:
                 expected[1] += self.prefix
             if all(
@@ -153,5 +153,5 @@ class Layout(BaseModel):
         flat = [axis for group in self._groups for axis in group]
         source: list[str] = [axis for axis in ("b", "c", "nh", "h", "nw", "w") if axis in flat]
         tokens = map_BCHW.reshape([sizes[axis] for axis in source]).permute([source.index(axis) for axis in flat])
-        tokens = tokens.reshape([math.prod(sizes[axis] for axis in group) for group in self._groups])
+        tokens = tokens.reshape([math.prod([sizes[axis] for axis in group]) for group in self._groups])
         return torch.cat((prefix_BPC, tokens), 1) if self.prefix else tokens

@@ -150,7 +150,9 @@ class TokenMixer(nn.Module, ABC):
         extra = [f"positional argument {i}" for i, value in enumerate(args[1:], 1) if value is not None]
         for name, value in kwargs.items():
             harmless = (
-                name in io.ignored or (name == io.x and not args) or (name in io.absent and value in (None, False))
+                name in io.ignored
+                or (name == io.x and not args)
+                or (name in io.absent and (value is None or value is False))
             )
             if not harmless and value is not None:
                 extra.append(name)

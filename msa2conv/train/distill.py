@@ -73,7 +73,10 @@ def distill(
             loss = _loss(reference, tensor_of(student(batch)), measure)
             if not torch.isfinite(loss):
                 raise NonFiniteValue(
-                    f"distillation step {step}", f"a loss of {float(loss)}", "a finite loss", "Lower the learning rate."
+                    f"distillation step {step}",
+                    f"a loss of {float(loss.detach())}",
+                    "a finite loss",
+                    "Lower the learning rate.",
                 )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]

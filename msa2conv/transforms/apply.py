@@ -61,6 +61,7 @@ def apply_edits(model: nn.Module, edits: Iterable[Edit], root: str = "") -> None
         _check(model, edit, relative(edit.path, root))
     for edit in edits:
         path = relative(edit.path, root)
+        _check(model, edit, path)  # again: an earlier edit may have changed what this one meets
         if isinstance(edit, Replace):
             _replace(model, path, edit)
         elif isinstance(edit, Slice):

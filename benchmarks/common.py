@@ -1,0 +1,82 @@
+"""What the measurements share: reading data, writing a result with everything needed to repeat it."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import platform
+import resource
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from msa2conv.api import versions
+from msa2conv.data import transform
+from msa2conv.plan import Preprocessing
+from msa2conv.storage import write_json, write_text
+
+RESULTS = Path(__file__).parent / "results"
+HALF = Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.9)  # how the augreg ViTs of timm were trained
+
+
+def vit_tiny(weights: Path) -> torch.nn.Module:
+    """timm's ViT-Ti/16 with the weights in a safetensors file."""
+    model = timm.create_model("vit_tiny_patch16_224")
+    model.load_state_dict(load_file(weights))
+    return model.eval()
+
+
+def packed_photos(path: Path, prepared: Preprocessing = HALF) -> tuple[torch.Tensor, torch.Tensor]:
+    """An npz of JPEGs (keys jpeg, offsets, labels) -> (images [n, 3, 224, 224], labels [n])."""
+    packed = np.load(path, allow_pickle=False)
+    data, offsets = packed["jpeg"].tobytes(), packed["offsets"].tolist()
+    prepare = transform((3, 224, 224), prepared)
+    pairs = pairwise(offsets)
+    images = [prepare(Image.open(io.BytesIO(data[start:stop])).convert("RGB")) for start, stop in pairs]
+    return torch.stack(images), torch.from_numpy(packed["labels"].astype("int64"))
+
+
+def split(count: int, first: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A random split of range(count) into `first` indices and the others."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return order[:first], order[first:]
+
+
+@torch.no_grad()
+def outputs(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Outputs of a model on many images."""
+    return torch.cat([model.eval()(batch) for batch in torch.split(images, 64)])
+
+
+def peak_gib() -> float:
+    """Largest resident memory of this process so far, in GiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 2**30, 2)
+
+
+def write(name: str, command: str, seed: int, rows: Sequence[dict[str, Any]], note: str) -> None:
+    """Write results/<name>.json and a Markdown table of its rows."""
+    about = {
+        "command": command,
+        "seed": seed,
+        "device": f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "versions": versions(),
+        "note": note,
+    }
+    write_json(RESULTS / f"{name}.json", {**about, "rows": list(rows)})
+    columns = [key for key in rows[0] if not isinstance(rows[0][key], (dict, list))]
+    lines = [f"# {name}", "", note, "", f"`{command}` · seed {seed} · {about['device']} · "]
+    lines[-1] += ", ".join(f"{key} {value}" for key, value in versions().items())
+    lines += ["", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(str(row.get(column, "")) for column in columns) + " |" for row in rows]
+    write_text(RESULTS / f"{name}.md", "\n".join(lines) + "\n")
+    print(json.dumps(about, indent=2))

@@ -1,0 +1,98 @@
+"""Accuracy on labelled images, and latency of several models measured side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from .errors import ArchitectureMismatch
+from .progress import track
+from .search.replay import tensor_of
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Correct predictions out of all."""
+
+    correct: int
+    total: int
+
+    @property
+    def percent(self) -> float:
+        return 100 * self.correct / self.total
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, dataset: Any, batch_size: int = 32, progress: bool = True, what: str = "eval"
+) -> Accuracy:
+    """Top-1 accuracy of a model in eval mode and float32.
+
+    Args:
+        model: its mode and dtype are set for the evaluation.
+        dataset: a map-style dataset of (image, label), or a DataLoader.
+        batch_size: for datasets.
+        progress, what: the bar and its text.
+
+    Raises:
+        ArchitectureMismatch: a label is outside the model's classes.
+    """
+    loader = dataset if isinstance(dataset, DataLoader) else DataLoader(dataset, batch_size)
+    model = model.float().eval()
+    device = next(model.parameters()).device
+    correct = total = 0
+    for images, labels in track(loader, what, progress, len(loader)):
+        logits = tensor_of(model(images.to(device))).cpu()
+        if int(labels.max()) >= logits.shape[1]:
+            raise ArchitectureMismatch(
+                "images",
+                f"label {int(labels.max())}",
+                f"the {logits.shape[1]} classes of the model",
+                "One subfolder per class, named so that alphabetical order is the order of the labels.",
+            )
+        correct += int((logits.argmax(1) == labels).sum())
+        total += len(labels)
+    return Accuracy(correct, total)
+
+
+@torch.no_grad()
+def latency(
+    models: Mapping[str, nn.Module], example: Tensor, batches: tuple[int, ...] = (1, 32), rounds: int = 15
+) -> dict[str, dict[int, float]]:
+    """Median seconds of a forward pass, {model: {batch size: seconds}}; models take turns, so ratios can be trusted.
+
+    Args:
+        models: in eval mode, on one device.
+        example: one image [1, C, H, W].
+        batches: batch sizes.
+        rounds: repetitions at batch 1; a third of them for larger batches.
+    """
+    found: dict[str, dict[int, float]] = {name: {} for name in models}
+    for batch in batches:
+        device = next(next(iter(models.values())).parameters()).device
+        inputs = example.expand(batch, *example.shape[1:]).contiguous().to(device)
+        times: dict[str, list[float]] = {name: [] for name in models}
+        repeats = rounds if batch == 1 else max(3, rounds // 3)
+        for turn in range(repeats + 2):
+            for name, model in models.items():
+                _wait(device)
+                started = time.perf_counter()
+                model(inputs)
+                _wait(device)
+                if turn >= 2:  # the first two rounds warm up
+                    times[name].append(time.perf_counter() - started)
+        for name, values in times.items():
+            found[name][batch] = median(values)
+    return found
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
