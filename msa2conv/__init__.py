@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         make_plan as make_plan,
     )
     from .cost import CostModel as CostModel, count_flops as count_flops
+    from .laws import verify as verify
     from .layouts import Layout as Layout
     from .levers import FFN as FFN, Mixer as Mixer
     from .options import Option as Option
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from .train.distill import distill as distill
     from .transforms.apply import apply as apply
     from .transforms.lift import lift as lift
-    from .verify import verify as verify
 
 __version__ = "0.1.0"
 
@@ -62,7 +62,7 @@ _WHERE = {
     "read_plan": "storage",
     "save": "storage",
     "solve": "search.solve",
-    "verify": "verify",
+    "verify": "laws",
 }
 _ERRORS = "errors"
 __all__ = ["__version__", "errors", *sorted(_WHERE)]

@@ -2,85 +2,34 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .adapters.base import Adapter, find_sites
-from .adapters.build import find_builder, preprocessing
+from .adapters.build import preprocessing
+from .conversion import Conversion, Run, make_report, versions
 from .cost import CostModel
 from .data import EMBEDDED, embedded_photos, load_images
 from .errors import InvalidArgument
+from .laws import verify
 from .levers import Lever, resolve_levers
-from .options import Option
-from .plan import Base, Plan, Preprocessing, fingerprint, parameter_count, weights_sha256
-from .progress import track
-from .report.conversion import Report, model_card
+from .plan import Preprocessing, parameter_count, weights_sha256
+from .planning import choose, make_plan
 from .report.inspection import Inspection
-from .search.calibrate import BATCH, Calibration, calibrate_sites
-from .search.measure import distance
-from .search.replay import tensor_of
-from .search.solve import diverse, infeasible
-from .sites import Claims, observe
-from .storage import MODEL_FILE, check_writable, save, write_json, write_text
+from .search.calibrate import Calibration, calibrate_sites
+from .search.measure import outputs
+from .search.solve import infeasible
+from .sites import observe
 from .targets import parse_target
 from .train.distill import distill
-from .transforms.apply import apply, load_tensors
-from .verify import verify
+from .transforms.apply import apply
 from .workbench import example_input, unwrap, working_copy
 
 Levers = str | Lever | Iterable[str | Lever]
 CALIBRATION_IMAGES = 256
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What `convert` returns.
-
-    Args:
-        model: the hybrid: a plain module of the original's class, in its dtype, device and training mode.
-        plan: what was decided, as data; `print` it.
-        report: the figures; `print` it.
-        calibration: reuse it for another budget: `convert(model, 0.5, calibration=result.calibration)`.
-    """
-
-    model: nn.Module
-    plan: Plan
-    report: Report
-    calibration: Calibration
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the hybrid atomically.
-
-        Args:
-            path: a `.safetensors` file (tensors + Plan), or a folder, which gets `model.safetensors`, `plan.json`,
-                `report.json` and a model card `README.md`.
-
-        Returns:
-            The path of the .safetensors file.
-
-        Raises:
-            InvalidOutputPath: the path cannot be written.
-        """
-        target = Path(path)
-        if target.suffix == ".safetensors":
-            return save(self.model, self.plan, target)
-        model_path = check_writable(target / MODEL_FILE)
-        write_text(target / "plan.json", self.plan.model_dump_json(indent=2) + "\n")
-        write_json(target / "report.json", self.report.model_dump(mode="json"))
-        write_text(target / "README.md", model_card(self.plan, self.report))
-        return save(self.model, self.plan, model_path)
-
-    def __str__(self) -> str:
-        return f"{self.plan}\n\n{self.report}"
 
 
 def inspect(
@@ -232,9 +181,9 @@ def convert(
     original = unwrap(model)
     if not isinstance(distill_steps, int) or distill_steps < 0:
         raise InvalidArgument("distill_steps", repr(distill_steps), "an integer >= 0", "0 means no polish.")
-    if images < 8:
+    if not isinstance(images, int) or images < 8:
         raise InvalidArgument("images", repr(images), "at least 8", "256 is a good number.")
-    parse_target(flops_target, base=2**62)  # malformed targets are refused before the model is even looked at
+    parse_target(flops_target)  # malformed targets are refused before the model is even looked at
     chosen = resolve_levers(levers)
     work = working_copy(original)
     example = example_input(work, example_inputs)
@@ -249,144 +198,36 @@ def convert(
     if calibration is None:
         calibration, pictures = _calibrate(work, original, seen, data, images, chosen, seed, progress)
         seconds["calibrate"] = calibration.seconds
-    elif (fingerprint(original), weights_sha256(original)) != (calibration.fingerprint, calibration.weights):
+    else:
         calibration.check_model(original)
     started = time.perf_counter()
-    picked = choose(work, calibration, target, progress=progress)
+    choice = choose(work, calibration, target, progress=progress)
     seconds["solve"] = time.perf_counter() - started
 
-    plan, tensors = make_plan(original, seen, picked.choices)
+    plan, tensors = make_plan(original, seen, choice.choices)
     hybrid = apply(plan, work, tensors)
-    laws = verify(work, hybrid, plan, picked.choices, seen.claims, seen.costs, calibration.images[:2], target)
-    reference, output = calibration.reference, _outputs(hybrid, calibration.images)
-    distance_before = distance(reference, output, calibration.measure)
-    polished = None
+    laws = verify(work, hybrid, plan, choice.choices, seen.claims, seen.costs, calibration.images[:2], target)
+    before = after = outputs(hybrid, calibration.images)
     if distill_steps:
         if pictures is None:
             pictures, _ = _images(original, data, images, seen.input_size, seed)
         started = time.perf_counter()
         hybrid = distill(
-            hybrid, work, pictures, distill_steps, measure=calibration.measure, seed=seed, progress=progress
+            hybrid,
+            work,
+            calibration.without_held_out(pictures),
+            distill_steps,
+            held_out=calibration.images,
+            measure=calibration.measure,
+            seed=seed,
+            progress=progress,
         )
         seconds["distill"] = time.perf_counter() - started
-        output = _outputs(hybrid, calibration.images)
-        polished = distance(reference, output, calibration.measure)
-    report = Report(
-        name=seen.name,
-        flops_before=seen.costs.base,
-        flops_after=plan.flops,
-        target=target,
-        parameters_before=plan.base.parameters,
-        parameters_after=plan.parameters,
-        measure=calibration.measure,
-        distance=distance_before,
-        distance_polished=polished,
-        agreement=_agreement(reference, output) if calibration.measure == "kl" else None,
-        predicted=picked.predicted,
-        candidates=picked.distances,
-        price=picked.price,
-        calibration=calibration.source,
-        images=_counts(calibration, pictures, images),
-        distill_steps=distill_steps,
-        seed=seed,
-        seconds={name: round(value, 2) for name, value in seconds.items()},
-        versions=versions(),
-        device=_device(work),
-        laws=laws,
-        warnings=[*calibration.warnings, *_hints(calibration, plan, distance_before)],
-    )
+        after = outputs(hybrid, calibration.images)
+    run = Run(target, distill_steps, seed, seconds, laws, example.device)
+    report = make_report(plan, calibration, choice, before, after, run)
     final = apply(plan, original, _cast(hybrid, original))
     return Conversion(final, plan, report, calibration)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What `choose` found: {site: option}, and how the compared plans did on held-out images."""
-
-    choices: dict[str, Option]
-    price: str
-    predicted: float
-    distances: dict[str, float]
-
-
-@torch.no_grad()
-def choose(model: nn.Module, calibration: Calibration, target: int, *, progress: bool = True) -> Choice:
-    """Solve the budget exactly in several ways and keep the plan that does best on held-out images.
-
-    Args:
-        model: the original, float32, eval.
-        calibration: of this model.
-        target: multiply-adds allowed.
-        progress: show a bar.
-
-    Raises:
-        InfeasibleBudget: the target lies below the floor of the calibration's options.
-    """
-    from .transforms.lift import lift, realise
-
-    options = calibration.options()
-    rest = calibration.costs.base - sum(calibration.costs.hosts[path] for path in options)
-    found = diverse(options, rest, target)
-    from types import SimpleNamespace
-
-    net = lift(model, [SimpleNamespace(path=path) for path in options])  # type: ignore[misc]
-    distances: dict[str, float] = {}
-    for name, choices in track(found.items(), "compare", progress):
-        branches = {p: realise(option, net.nodes[p].host, p) for p, option in choices.items() if option.edits}
-        with net.pinned(branches) as pinned:
-            output = _outputs(pinned, calibration.images)
-        distances[name] = distance(calibration.reference, output, calibration.measure)
-    best = min(distances, key=lambda name: distances[name])
-    return Choice(found[best], best, sum(o.score or 0.0 for o in found[best].values()), distances)
-
-
-def make_plan(model: nn.Module, seen: Inspection, choices: Mapping[str, Option]) -> tuple[Plan, dict[str, Tensor]]:
-    """Choices -> (Plan, fitted tensors).
-
-    Args:
-        model: the original.
-        seen: its inspection.
-        choices: {site: option}.
-    """
-    edits = tuple(edit for option in choices.values() for edit in option.edits)
-    tensors = {name: value for option in choices.values() for name, value in option.tensors().items()}
-    costs = seen.costs
-    flops = costs.base + sum(option.flops - costs.hosts[path] for path, option in choices.items())
-    base = Base(
-        name=seen.name,
-        model_class=f"{type(model).__module__}.{type(model).__qualname__}",
-        builder=find_builder(model, seen.input_size),
-        input_size=seen.input_size,
-        preprocessing=preprocessing(model),
-        flops=costs.base,
-        parameters=seen.parameters,
-        fingerprint=fingerprint(model),
-        weights_sha256=weights_sha256(model),
-    )
-    ordered = {site.path: choices[site.path].name for site in seen.claims.sites if site.path in choices}
-    plan = Plan(base=base, choices=ordered, edits=edits, flops=flops, parameters=seen.parameters)
-    return plan.model_copy(update={"parameters": parameter_count(apply(plan, model))}), tensors
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that figures depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("msa2conv", "torch", "timm", "fvcore", "torch-pruning", "scipy", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "unknown"
-    return found
-
-
-def _outputs(model: nn.Module, images: Tensor) -> Tensor:
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        return torch.cat([tensor_of(model(batch.to(device))).cpu() for batch in torch.split(images, BATCH)])
-
-
-def _agreement(reference: Tensor, output: Tensor) -> float:
-    return float((reference.argmax(1) == output.argmax(1)).float().mean())
 
 
 def _cast(hybrid: nn.Module, original: nn.Module) -> dict[str, Tensor]:
@@ -407,38 +248,4 @@ def _floor(calibration: Calibration) -> int:
     return calibration.costs.base - saved
 
 
-def _counts(calibration: Calibration, pictures: Tensor | None, limit: int) -> dict[str, int]:
-    held_out = len(calibration.images)
-    return {"fit": calibration.fitted, "held out": held_out}
-
-
-def _device(model: nn.Module) -> str:
-    device = next(model.parameters()).device
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({os.cpu_count()} cores)"
-
-
-def _hints(calibration: Calibration, plan: Plan, found: float) -> list[str]:
-    hints = []
-    if calibration.source.startswith(EMBEDDED):
-        hints.append(
-            "calibrated on the shipped photos: pass data=your images (64 to 256, no labels) for a better hybrid"
-        )
-    if calibration.measure == "kl" and found > 0.5:
-        hints.append(
-            f"the hybrid is far from the original (KL {found:.2f}): polish it (distill_steps=100) or fine-tune it"
-        )
-    return hints
-
-
-__all__ = [
-    "Choice",
-    "Claims",
-    "Conversion",
-    "calibrate",
-    "choose",
-    "convert",
-    "inspect",
-    "load_tensors",
-    "make_plan",
-    "versions",
-]
+__all__ = ["Conversion", "calibrate", "choose", "convert", "inspect", "make_plan", "versions"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from .errors import ArchitectureMismatch
 from .progress import track
-from .search.replay import tensor_of
+from .search.measure import tensor_of
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def evaluate(
     """Top-1 accuracy of a model in eval mode and float32.
 
     Args:
-        model: its mode and dtype are set for the evaluation.
+        model: evaluated on a copy; not touched.
         dataset: a map-style dataset of (image, label), or a DataLoader.
         batch_size: for datasets.
         progress, what: the bar and its text.
@@ -45,7 +46,7 @@ def evaluate(
         ArchitectureMismatch: a label is outside the model's classes.
     """
     loader = dataset if isinstance(dataset, DataLoader) else DataLoader(dataset, batch_size)
-    model = model.float().eval()
+    model = copy.deepcopy(model).float().eval()
     device = next(model.parameters()).device
     correct = total = 0
     for images, labels in track(loader, what, progress, len(loader)):

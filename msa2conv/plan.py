@@ -75,12 +75,15 @@ def ranges(indices: list[int]) -> tuple[Range, ...]:
     return tuple(kept)
 
 
+Side = Annotated[int, Field(ge=0, le=65536)]
+
+
 class Builder(_Data):
     """How to build the base model again: `timm.create_model(name, **kwargs)`."""
 
     library: Literal["timm"] = "timm"
     name: Annotated[str, Field(max_length=256, pattern=r"^[A-Za-z0-9_.\-]+$")]
-    kwargs: dict[str, int | tuple[int, int]] = {}
+    kwargs: dict[Annotated[str, Field(pattern="^(num_classes|img_size)$")], Side | tuple[Side, Side]] = {}
 
 
 class Preprocessing(_Data):

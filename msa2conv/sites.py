@@ -175,7 +175,7 @@ def observe(model: nn.Module, inputs: Tensor) -> Observation:
     """
     check_finite_weights(model)
     observation = Observation(inputs, None)
-    handles = []
+    handles, broken = [], list[str]()
 
     def hook(path: str) -> Any:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
@@ -189,6 +189,8 @@ def observe(model: nn.Module, inputs: Tensor) -> Observation:
                 tuple(key for key, value in kwargs.items() if value is not None and value is not False),
             )
             observation.calls.setdefault(path, []).append(call)
+            if y is not None and y.is_floating_point() and not torch.isfinite(y).all():
+                broken.append(path)
 
         return record
 
@@ -210,8 +212,8 @@ def observe(model: nn.Module, inputs: Tensor) -> Observation:
             handle.remove()
     if isinstance(observation.output, Tensor) and not torch.isfinite(observation.output).all():
         raise NonFiniteValue(
-            "model output",
-            "NaN or Inf on the example input",
+            broken[0] if broken and broken[0] else "model output",
+            "NaN or Inf in its output on the example input",
             "finite numbers",
             "Check the weights and the input range.",
         )

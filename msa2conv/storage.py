@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -71,7 +72,9 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         with safe_open(source, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
-        if zipfile.is_zipfile(source) or source.open("rb").read(2)[:1] == b"\x80":
+        with source.open("rb") as file:
+            head = file.read(8)  # of a safetensors file: the length of its header, below 2**32
+        if zipfile.is_zipfile(source) or (head[:1] == b"\x80" and any(head[4:])):
             raise InvalidCheckpoint(
                 str(path),
                 "a pickle",
@@ -93,7 +96,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
         loaded: Any = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        named = re.search(r"GLOBAL (\S+)", str(error))  # torch's own text advises to unpickle
+        reason = f"it holds {named[1]}" if named else type(error).__name__
         raise InvalidCheckpoint(
             str(path),
             f"a file that cannot be read without unpickling ({reason})",
@@ -204,26 +208,44 @@ def _on_meta(model: nn.Module) -> nn.Module:
 def _restore_unsaved_buffers(hybrid: nn.Module, model: nn.Module) -> None:
     """Buffers that are not part of a state dict (Swin's masks) come from the model given."""
     owners = dict(model.named_modules())
+    old, new = next(model.parameters()).dtype, next(hybrid.parameters()).dtype
     for path, module in hybrid.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 original = owners[path]._buffers[name]
-                module._buffers[name] = None if original is None else original.detach().clone()
+                module._buffers[name] = (
+                    None
+                    if original is None
+                    else original.detach().to(new if original.dtype == old else original.dtype, copy=True)
+                )
 
 
 def _check_state(hybrid: nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
     own = hybrid.state_dict()
     wrong = [
-        f"{name} {tuple(tensors[name].shape) if name in tensors else 'missing'} instead of "
-        f"{tuple(own[name].shape) if name in own else 'nothing'}"
+        f"{name} {_kind(tensors.get(name), 'missing', own.get(name))} instead of "
+        f"{_kind(own.get(name), 'nothing', tensors.get(name))}"
         for name in sorted(own.keys() | tensors.keys())
-        if name not in own or name not in tensors or own[name].shape != tensors[name].shape
+        if name not in own
+        or name not in tensors
+        or own[name].shape != tensors[name].shape
+        or own[name].is_floating_point() != tensors[name].is_floating_point()
     ]
     if wrong:
         raise InvalidCheckpoint(
             str(source), f"tensors that contradict its Plan: {'; '.join(wrong[:3])}", "what the Plan describes",
             "The file is damaged: convert again.",
         )  # fmt: skip
+
+
+def _kind(tensor: Tensor | None, missing: str, other: Tensor | None) -> str:
+    """Shape, and the dtype where it is what differs."""
+    if tensor is None:
+        return missing
+    shape = str(tuple(tensor.shape))
+    return (
+        shape if other is None or other.is_floating_point() == tensor.is_floating_point() else f"{shape} {tensor.dtype}"
+    )
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

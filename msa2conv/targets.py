@@ -12,7 +12,7 @@ _UNITS = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _ACCEPTED = "a fraction in (0, 1), text such as '70%' or '3.3G', or multiply-adds above 1e6"
 
 
-def parse_target(target: float | str, base: int) -> int:
+def parse_target(target: float | str, base: int | None = None) -> int:
     """`flops_target` -> multiply-adds.
 
     Args:
@@ -37,7 +37,7 @@ def parse_target(target: float | str, base: int) -> int:
         value = value / 100 if fraction_only else value * _UNITS.get(unit, 1.0)
         absolute = unit in _UNITS
     elif isinstance(target, (int, float)) and not isinstance(target, bool):
-        value, absolute = float(target), target > 1e6
+        value, absolute = _float(target), target > 1e6
     else:
         raise InvalidTarget("flops_target", type(target).__name__, _ACCEPTED, "Write for example 0.7, '70%' or '3.3G'.")
     if not math.isfinite(value) or value <= 0:
@@ -49,14 +49,16 @@ def parse_target(target: float | str, base: int) -> int:
     if absolute or (value > 1e6 and not fraction_only):
         return _below(target, int(value), base)
     if value > 1:
+        if base is None:
+            return 0
         guess = f"'{value:g}%'" if value < 100 and not fraction_only else "0.7"
-        giga = f" or '{value:g}G'" if value < base / 1e9 else ""
+        giga = f" or '{value:g}G'" if value < base / 1e9 and not fraction_only else ""
         raise InvalidTarget("flops_target", repr(target), _ACCEPTED, f"Did you mean {guess}{giga}?")
-    return _below(target, int(value * base), base)
+    return _below(target, int(value * (base or 2**62)), base)
 
 
-def _below(target: float | str, flops: int, base: int) -> int:
-    if flops >= base:
+def _below(target: float | str, flops: int, base: int | None) -> int:
+    if base is not None and flops >= base:
         raise InvalidTarget(
             "flops_target",
             f"{target!r}, which is {flops / 1e9:.4g} GFLOPs",
@@ -66,3 +68,10 @@ def _below(target: float | str, flops: int, base: int) -> int:
     if flops < 1:
         raise InvalidTarget("flops_target", repr(target), _ACCEPTED, "Ask for more, for example 0.7.")
     return flops
+
+
+def _float(number: float) -> float:
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf

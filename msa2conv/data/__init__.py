@@ -41,10 +41,7 @@ def load_images(data: Any, limit: int, size: tuple[int, ...], seed: int = 0) -> 
     batches: list[Tensor] = []
     count = 0
     for index, batch in enumerate(_batches(data, limit, seed)):
-        if isinstance(batch, (tuple, list)) and batch:
-            batch = batch[0]
-        if isinstance(batch, dict):
-            batch = next((batch[key] for key in ("pixel_values", "image", "images") if key in batch), None)
+        batch = _image(batch)
         if not isinstance(batch, Tensor) or not batch.is_floating_point() or tuple(batch.shape[1:]) != tuple(size):
             found = f"{type(batch).__name__}"
             if isinstance(batch, Tensor):
@@ -73,6 +70,15 @@ def load_images(data: Any, limit: int, size: tuple[int, ...], seed: int = 0) -> 
     return torch.cat(batches)
 
 
+def _image(item: Any) -> Any:
+    """The images in (images, ...) or {"pixel_values": images}."""
+    if isinstance(item, (tuple, list)) and item:
+        return item[0]
+    if isinstance(item, dict):
+        return next((item[key] for key in ("pixel_values", "image", "images") if key in item), None)
+    return item
+
+
 def _batches(data: Any, limit: int, seed: int) -> Iterator[Any]:
     if isinstance(data, Tensor):
         yield from torch.split(data, 32) if data.ndim else [data]
@@ -80,7 +86,7 @@ def _batches(data: Any, limit: int, seed: int) -> Iterator[Any]:
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:limit]
         for index in order.tolist():
             item = data[index]
-            image = item[0] if isinstance(item, (tuple, list)) else item
+            image = _image(item)
             yield image[None] if isinstance(image, Tensor) else image
     elif isinstance(data, Iterable):
         yield from data

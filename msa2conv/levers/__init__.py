@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from ..errors import InvalidArgument
@@ -15,6 +16,8 @@ _BY_NAME: dict[str, type[Mixer] | type[FFN]] = {"mixer": Mixer, "ffn": FFN}
 def resolve_levers(levers: Any) -> tuple[Lever, ...]:
     """Names or configured levers -> levers; "all" stands for every one. Raises InvalidArgument."""
     wanted = list(_BY_NAME) if levers == "all" else [levers] if isinstance(levers, (str, Mixer, FFN)) else levers
+    if not isinstance(wanted, Iterable):
+        raise InvalidArgument("levers", repr(levers), "names or levers", "For example levers=('mixer', 'ffn').")
     resolved: list[Any] = []
     for lever in wanted:
         if isinstance(lever, str):
@@ -26,6 +29,8 @@ def resolve_levers(levers: Any) -> tuple[Lever, ...]:
                     "For example levers=('mixer', 'ffn').",
                 )
             lever = _BY_NAME[lever]()
+        elif not hasattr(lever, "statistics"):
+            raise InvalidArgument("levers", repr(lever), "a name or a lever", "For example levers=('mixer', 'ffn').")
         resolved.append(lever)
     names = [lever.name for lever in resolved]
     if not resolved or len(set(names)) < len(names):

@@ -67,7 +67,9 @@ class Mixer(BaseModel):
 
     def cheapest(self, site: Site, costs: CostModel) -> int:
         assert isinstance(site, AttentionSite)
-        flops = [costs.mixer(site, self.spec(op, site, None)) for op in self.ops]
+        # what calibration will offer at most: the dearer of the two prefixes, with context
+        prefixes = [None, _attend(site)] if self.prefix == "attend" and site.projections else [None]
+        flops = [max(costs.mixer(site, self.spec(op, site, prefix)) for prefix in prefixes) for op in self.ops]
         return min([*flops, costs.hosts[site.path]])
 
     def memory(self, site: Site) -> int:
@@ -250,6 +252,12 @@ class MixerStatistics:
     ) -> tuple[MixerSpec, dict[str, Tensor]]:
         spec = self.lever.spec(op, self.site, prefix, context)
         return spec, {name: value.detach().float().cpu().contiguous() for name, value in tensors.items()}
+
+
+def _attend(site: AttentionSite) -> AttendPrefix:
+    named = site.projections
+    assert named is not None
+    return AttendPrefix(heads=named.heads, head_dim=named.head_dim, scale=named.scale)
 
 
 def _prefix_attention(site: AttentionSite, host: nn.Module) -> PrefixAttention | None:

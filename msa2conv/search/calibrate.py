@@ -127,6 +127,12 @@ class Calibration:
                 )
         return cls(costs=model, records=records, images=tensors["images"], reference=tensors["reference"], **about)
 
+    def without_held_out(self, images: Tensor) -> Tensor:
+        """Those images that are not among the held-out ones, so that a polish is judged on images it has not seen."""
+        held_out = {image.numpy().tobytes() for image in self.images}
+        kept = [index for index, image in enumerate(images) if image.numpy().tobytes() not in held_out]
+        return images[kept] if kept else images
+
     def check_model(self, model: nn.Module) -> None:
         """Raise ArchitectureMismatch unless it was made from this very model (same architecture and weights)."""
         if (fingerprint(model), weights_sha256(model)) != (self.fingerprint, self.weights):
@@ -178,6 +184,10 @@ def calibrate_sites(
     replay = Replay(
         net.model, [site.block for site in claims.sites], [b.to(device) for b in torch.split(scoring, BATCH)]
     )
+    if not torch.isfinite(replay.reference).all():
+        with _listening(net, list(claims.sites), {}), torch.no_grad():
+            for batch in replay.batches:
+                net.model(batch)
     measure = default_measure(model, replay.reference)
     weights = {
         site.path: _prefix_weight(net, replay, site, measure, seed)
@@ -238,7 +248,7 @@ def _listening(net: Supernet, sites: list[Site], statistics: dict[str, Any]) -> 
     """Feed the statistics from hooks on the hosts of a lifted copy."""
     handles = []
     for site in sites:
-        host, sums, hidden = net.nodes[site.path].host, statistics[site.path], dict[str, Tensor]()
+        host, sums, hidden = net.nodes[site.path].host, statistics.get(site.path), dict[str, Tensor]()
 
         def see(
             _m: nn.Module, args: Any, kwargs: Any, out: Any, site: Site = site, sums: Any = sums, h: Any = hidden
@@ -249,7 +259,8 @@ def _listening(net: Supernet, sites: list[Site], statistics: dict[str, Any]) -> 
                     site.path, "NaN or Inf in its output on the calibration images", "finite activations",
                     "Check the normalisation of the images, and the weights.",
                 )  # fmt: skip
-            sums.update(x, out, h.pop("x", None))
+            if sums is not None:
+                sums.update(x, out, h.pop("x", None))
 
         handles.append(host.register_forward_hook(see, with_kwargs=True))
         if isinstance(site, FFNSite):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..transforms.lift import max_difference
+from .measure import tensor_of
 
 
 class Replay:
@@ -75,21 +76,3 @@ class Replay:
         finally:
             for module in shadowed:
                 del module.forward
-
-
-def tensor_of(output: Any) -> Tensor:
-    """The tensor in a model's output: itself, or the first one in a tuple."""
-    if isinstance(output, Tensor):
-        return output
-    found = (
-        next((value for value in output if isinstance(value, Tensor)), None)
-        if isinstance(output, (tuple, list))
-        else None
-    )
-    if found is None:
-        from ..errors import InvalidInput
-
-        raise InvalidInput(
-            "model output", type(output).__name__, "a tensor, or a tuple that starts with one", "Wrap the model so."
-        )
-    return found

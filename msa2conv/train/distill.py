@@ -10,19 +10,20 @@ from torch import Tensor, nn
 
 from ..errors import NonFiniteValue
 from ..progress import track
-from ..search.measure import Measure
-from ..search.replay import tensor_of
+from ..search.measure import Measure, distance, outputs, tensor_of
 
 BATCH = 32
 
 
+@torch.enable_grad()
 def distill(
     hybrid: nn.Module,
     original: nn.Module,
     images: Tensor,
     steps: int,
     *,
-    lr: float = 2e-4,
+    held_out: Tensor | None = None,
+    lr: float = 2e-5,
     measure: Measure = "kl",
     seed: int = 0,
     progress: bool = True,
@@ -37,6 +38,7 @@ def distill(
         hybrid, original: float32 modules on one device; neither is touched. Both run in eval mode (no dropout).
         images: [n, C, H, W], as the model expects them.
         steps: optimiser steps of `min(32, n)` images.
+        held_out: images to judge by: every tenth of the steps, and the best state (the start included) is returned.
         lr: peak learning rate.
         measure: which loss.
         seed: for sampling and augmentation.
@@ -64,6 +66,7 @@ def distill(
         ],
         [warm_up],
     )
+    best = _Best(student, teacher, held_out, measure)
     try:
         for step in track(range(steps), "distill", progress):
             chosen = torch.randint(len(images), (min(BATCH, len(images)),), generator=generator)
@@ -83,12 +86,37 @@ def distill(
             nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
             schedule.step()
+            if (step + 1) % max(1, steps // 10) == 0 or step + 1 == steps:
+                best.update(student)
     except KeyboardInterrupt:
-        pass
+        best.update(student)
+    best.restore(student)
     for parameter, flag in zip(student.parameters(), flags, strict=True):
         parameter.requires_grad_(flag)
         parameter.grad = None
     return student
+
+
+class _Best:
+    """Remembers the state that is closest to the teacher on held-out images; without any, the last one."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, held_out: Tensor | None, measure: Measure) -> None:
+        self.held_out, self.measure = held_out, measure
+        self.reference = None if held_out is None else outputs(teacher, held_out)
+        self.distance, self.state = float("inf"), dict[str, Tensor]()
+        self.update(student)
+
+    def update(self, student: nn.Module) -> None:
+        if self.held_out is None or self.reference is None:
+            return
+        found = distance(self.reference, outputs(student, self.held_out), self.measure)
+        if found < self.distance:
+            self.distance = found
+            self.state = {name: value.detach().clone() for name, value in student.state_dict().items()}
+
+    def restore(self, student: nn.Module) -> None:
+        if self.state:
+            student.load_state_dict(self.state)
 
 
 def augment(images_BCHW: Tensor, generator: torch.Generator) -> Tensor:

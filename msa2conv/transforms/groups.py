@@ -25,7 +25,8 @@ def hidden_units(ffn: nn.Module, first: str, shape: tuple[int, ...]) -> tuple[tu
     for parameter in ffn.parameters():
         parameter.requires_grad_(True)  # torch-pruning walks the autograd graph
     names = {module: path for path, module in ffn.named_modules()}
-    graph = tp.DependencyGraph().build_dependency(ffn, example_inputs=torch.zeros(shape))
+    with torch.enable_grad():
+        graph = tp.DependencyGraph().build_dependency(ffn, example_inputs=torch.zeros(shape))
     root = ffn.get_submodule(first)
     units: list[tuple[str, int]] = []
     for item in graph.get_pruning_group(root, tp.prune_linear_out_channels, idxs=[0]):

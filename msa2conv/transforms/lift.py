@@ -38,14 +38,15 @@ class Supernet:
                 self.nodes[path].remove("pinned")
 
 
-def lift(model: nn.Module, sites: Iterable[Site]) -> Supernet:
-    """Copy `model` and put a Supernode around every site; the original is not touched."""
+def lift(model: nn.Module, sites: Iterable[Site | str]) -> Supernet:
+    """Copy `model` and put a Supernode at every site (or module path); the original is not touched."""
     lifted = copy.deepcopy(model)
     nodes: dict[str, Supernode] = {}
     for site in sites:
-        node = Supernode(lifted.get_submodule(site.path)).train(lifted.training)
-        replace_submodule(lifted, site.path, node)
-        nodes[site.path] = node
+        path = site if isinstance(site, str) else site.path
+        node = Supernode(lifted.get_submodule(path)).train(lifted.training)
+        replace_submodule(lifted, path, node)
+        nodes[path] = node
     return Supernet(lifted, nodes)
 
 

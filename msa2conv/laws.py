@@ -11,7 +11,7 @@ from .cost import CostModel, count_flops
 from .errors import LawViolation
 from .options import Option
 from .plan import Plan
-from .search.replay import tensor_of
+from .search.measure import tensor_of
 from .sites import Claims
 from .transforms.lift import lift, max_difference, realise
 

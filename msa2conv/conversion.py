@@ -1,0 +1,152 @@
+"""What `convert` returns, and the report in it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .data import EMBEDDED
+from .plan import Plan
+from .planning import Choice
+from .report.conversion import Report, model_card
+from .search.calibrate import Calibration
+from .search.measure import distance
+from .storage import MODEL_FILE, save, write_json, write_text
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` returns.
+
+    Args:
+        model: the hybrid: a plain module of the original's class, in its dtype, device and training mode.
+        plan: what was decided, as data; `print` it.
+        report: the figures; `print` it.
+        calibration: reuse it for another budget: `convert(model, 0.5, calibration=result.calibration)`.
+    """
+
+    model: nn.Module
+    plan: Plan
+    report: Report
+    calibration: Calibration
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the hybrid atomically.
+
+        Args:
+            path: a `.safetensors` file (tensors + Plan), or a folder, which gets `model.safetensors`, `plan.json`,
+                `report.json` and a model card `README.md`.
+
+        Returns:
+            The path of the .safetensors file.
+
+        Raises:
+            InvalidOutputPath: the path cannot be written.
+        """
+        target = Path(path)
+        if target.suffix == ".safetensors":
+            return save(self.model, self.plan, target)
+        written = save(self.model, self.plan, target / MODEL_FILE)
+        write_text(target / "plan.json", self.plan.model_dump_json(indent=2) + "\n")
+        write_json(target / "report.json", self.report.model_dump(mode="json"))
+        write_text(target / "README.md", model_card(self.plan, self.report))
+        return written
+
+    def __str__(self) -> str:
+        return f"{self.plan}\n\n{self.report}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Circumstances of a conversion that its report states.
+
+    Args:
+        target: multiply-adds allowed.
+        distill_steps, seed: arguments of `convert`.
+        seconds: {stage: wall time}.
+        laws: what `verify` returned.
+        device: where it ran.
+    """
+
+    target: int
+    distill_steps: int
+    seed: int
+    seconds: dict[str, float]
+    laws: dict[str, float]
+    device: torch.device
+
+
+def make_report(
+    plan: Plan, calibration: Calibration, choice: Choice, before: Tensor, after: Tensor, run: Run
+) -> Report:
+    """The figures of a conversion.
+
+    Args:
+        plan, calibration, choice: what was decided, on what grounds.
+        before, after: the hybrid's outputs on the held-out images before and after the polish.
+        run: circumstances.
+    """
+    reference, measure = calibration.reference, calibration.measure
+    found = distance(reference, before, measure)
+    return Report(
+        name=plan.base.name,
+        flops_before=plan.base.flops,
+        flops_after=plan.flops,
+        target=run.target,
+        parameters_before=plan.base.parameters,
+        parameters_after=plan.parameters,
+        measure=measure,
+        distance=found,
+        distance_polished=distance(reference, after, measure) if run.distill_steps else None,
+        agreement=_agreement(reference, after) if measure == "kl" else None,
+        predicted=choice.predicted,
+        candidates=choice.distances,
+        price=choice.price,
+        calibration=calibration.source,
+        images={"fit": calibration.fitted, "held out": len(calibration.images)},
+        distill_steps=run.distill_steps,
+        seed=run.seed,
+        seconds={name: round(value, 2) for name, value in run.seconds.items()},
+        versions=versions(),
+        device=_device_name(run.device),
+        laws=run.laws,
+        warnings=[*calibration.warnings, *_hints(calibration, found)],
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that figures depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("msa2conv", "torch", "timm", "fvcore", "torch-pruning", "scipy", "numpy"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def _agreement(reference: Tensor, output: Tensor) -> float:
+    return float((reference.argmax(1) == output.argmax(1)).float().mean())
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({os.cpu_count()} cores)"
+
+
+def _hints(calibration: Calibration, found: float) -> list[str]:
+    hints = []
+    if calibration.source.startswith(EMBEDDED):
+        hints.append(
+            "calibrated on the shipped photos: pass data=your images (64 to 256, no labels) for a better hybrid"
+        )
+    if calibration.measure == "kl" and found > 0.5:
+        hints.append(
+            f"the hybrid is far from the original (KL {found:.2f}): polish it (distill_steps=100) or fine-tune it"
+        )
+    return hints

@@ -1,0 +1,85 @@
+"""From a Calibration and a budget to a Plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .adapters.build import find_builder, preprocessing
+from .options import Option
+from .plan import Base, Plan, fingerprint, parameter_count, weights_sha256
+from .progress import track
+from .report.inspection import Inspection
+from .search.calibrate import Calibration
+from .search.measure import distance, outputs
+from .search.solve import diverse
+from .transforms.apply import apply
+from .transforms.lift import lift, realise
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `choose` found: {site: option}, and how the compared plans did on held-out images."""
+
+    choices: dict[str, Option]
+    price: str
+    predicted: float
+    distances: dict[str, float]
+
+
+@torch.no_grad()
+def choose(model: nn.Module, calibration: Calibration, target: int, *, progress: bool = True) -> Choice:
+    """Solve the budget exactly in several ways and keep the plan that does best on held-out images.
+
+    Args:
+        model: the original, float32, eval.
+        calibration: of this model.
+        target: multiply-adds allowed.
+        progress: show a bar.
+
+    Raises:
+        InfeasibleBudget: the target lies below the floor of the calibration's options.
+    """
+    options = calibration.options()
+    rest = calibration.costs.base - sum(calibration.costs.hosts[path] for path in options)
+    found = diverse(options, rest, target)
+    net = lift(model, options)
+    distances: dict[str, float] = {}
+    for name, choices in track(found.items(), "compare", progress):
+        branches = {p: realise(option, net.nodes[p].host, p) for p, option in choices.items() if option.edits}
+        with net.pinned(branches) as pinned:
+            output = outputs(pinned, calibration.images)
+        distances[name] = distance(calibration.reference, output, calibration.measure)
+    best = min(distances, key=lambda name: distances[name])
+    return Choice(found[best], best, sum(o.score or 0.0 for o in found[best].values()), distances)
+
+
+def make_plan(model: nn.Module, seen: Inspection, choices: Mapping[str, Option]) -> tuple[Plan, dict[str, Tensor]]:
+    """Choices -> (Plan, fitted tensors).
+
+    Args:
+        model: the original.
+        seen: its inspection.
+        choices: {site: option}.
+    """
+    edits = tuple(edit for option in choices.values() for edit in option.edits)
+    tensors = {name: value for option in choices.values() for name, value in option.tensors().items()}
+    costs = seen.costs
+    flops = costs.base + sum(option.flops - costs.hosts[path] for path, option in choices.items())
+    base = Base(
+        name=seen.name,
+        model_class=f"{type(model).__module__}.{type(model).__qualname__}",
+        builder=find_builder(model, seen.input_size),
+        input_size=seen.input_size,
+        preprocessing=preprocessing(model),
+        flops=costs.base,
+        parameters=seen.parameters,
+        fingerprint=fingerprint(model),
+        weights_sha256=weights_sha256(model),
+    )
+    ordered = {site.path: choices[site.path].name for site in seen.claims.sites if site.path in choices}
+    plan = Plan(base=base, choices=ordered, edits=edits, flops=flops, parameters=seen.parameters)
+    return plan.model_copy(update={"parameters": parameter_count(apply(plan, model))}), tensors

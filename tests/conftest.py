@@ -1,0 +1,100 @@
+"""Fixtures: every tiny model, calibrated and converted once per session."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+
+import msa2conv
+from msa2conv.options import Option
+from msa2conv.plan import Plan
+from msa2conv.report.inspection import Inspection
+from msa2conv.search.calibrate import Calibration
+from msa2conv.workbench import working_copy
+
+TARGET = 0.7
+torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    """One way to convert a model: what was chosen, and what came out."""
+
+    choices: Mapping[str, Option]
+    plan: Plan
+    tensors: Mapping[str, Tensor]
+    model: nn.Module
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny model in the state in which a user might hand it over, and all that was derived from it."""
+
+    name: str
+    model: nn.Module
+    before: Mapping[str, Any]
+    after: Mapping[str, Any]
+    work: nn.Module
+    images: Tensor
+    seen: Inspection
+    calibration: Calibration
+    result: msa2conv.Conversion
+
+    @cached_property
+    def options(self) -> dict[str, list[Option]]:
+        return self.calibration.options()
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """What `convert` has to be told beside the target."""
+        return {"example_inputs": self.images[:1], "adapters": tiny.adapters(self.name), "progress": False}
+
+    def hybrid(self, choices: Mapping[str, Option]) -> Hybrid:
+        """Plan and build any choice of options."""
+        plan, tensors = msa2conv.make_plan(self.work, self.seen, choices)
+        return Hybrid(choices, plan, tensors, msa2conv.apply(plan, self.work, tensors))
+
+    def with_option(self, option: Option) -> nn.Module:
+        """The model with this one option applied."""
+        plan = self.result.plan.model_copy(update={"edits": option.edits})
+        return msa2conv.apply(plan, self.work, option.tensors())
+
+    @cached_property
+    def random_hybrids(self) -> list[Hybrid]:
+        """Five hybrids with an option drawn for every site."""
+        draw = random.Random(self.name)
+        return [self.hybrid({site: draw.choice(group) for site, group in self.options.items()}) for _ in range(5)]
+
+
+@cache
+def case_of(name: str) -> Case:
+    """Build, snapshot, calibrate and convert one tiny model."""
+    model = tiny.live_in(tiny.build(name))
+    images, adapters = tiny.images(name), tiny.adapters(name)
+    keywords: dict[str, Any] = {"example_inputs": images[:1], "adapters": adapters, "progress": False}
+    before = tiny.snapshot(model)
+    result = msa2conv.convert(model, TARGET, data=images, **keywords)
+    after = tiny.snapshot(model)
+    work = working_copy(model)
+    seen = msa2conv.inspect(model, example_inputs=images[:1], adapters=adapters)
+    return Case(name, model, before, after, work, images, seen, result.calibration, result)
+
+
+@pytest.fixture(params=tiny.NAMES)
+def case(request: pytest.FixtureRequest) -> Case:
+    """Every tiny model in turn."""
+    return case_of(request.param)
+
+
+@pytest.fixture
+def vit() -> Case:
+    """The plain ViT."""
+    return case_of("vit")

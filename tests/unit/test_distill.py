@@ -1,0 +1,73 @@
+"""The label-free polish."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from conftest import Case, case_of
+from torch import nn
+
+from msa2conv.errors import NonFiniteValue
+from msa2conv.search.measure import Measure, distance
+from msa2conv.train.distill import augment, distill
+
+
+def skipping(case: Case) -> nn.Module:
+    """A hybrid far from the original: no attention at all."""
+    sites = case.seen.claims.attentions
+    return case.hybrid({s.path: next(o for o in case.options[s.path] if o.name == "skip") for s in sites}).model
+
+
+@torch.no_grad()
+def loss(case: Case, model: nn.Module, measure: Measure) -> float:
+    return distance(case.work(case.images), model(case.images), measure)
+
+
+@pytest.mark.parametrize(("name", "measure"), [("vit", "kl"), ("features", "relative"), ("foreign", "kl")])
+def test_it_lowers_the_loss_and_touches_neither_model(name: str, measure: Measure) -> None:
+    case = case_of(name)
+    hybrid = skipping(case)
+    before = tiny.snapshot(hybrid), tiny.snapshot(case.work)
+    polished = distill(hybrid, case.work, case.images, 30, lr=2e-3, measure=measure, progress=False)
+    assert loss(case, polished, measure) < 0.6 * loss(case, hybrid, measure)
+    assert (tiny.snapshot(hybrid), tiny.snapshot(case.work)) == before
+    assert not polished.training
+    assert all(parameter.grad is None for parameter in polished.parameters())
+    flags = [[parameter.requires_grad for parameter in model.parameters()] for model in (hybrid, polished)]
+    assert flags[0] == flags[1]
+
+
+def test_the_seed_decides(vit: Case) -> None:
+    hybrid = skipping(vit)
+    runs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(len(runs))  # the global random state has no say
+        runs.append(distill(hybrid, vit.work, vit.images, 3, seed=seed, progress=False).state_dict())
+    assert all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())
+    assert not all(torch.equal(value, runs[2][name]) for name, value in runs[0].items())
+
+
+def test_a_loss_that_explodes_names_the_step(vit: Case) -> None:
+    with pytest.raises(NonFiniteValue, match="distillation step 0"):
+        distill(skipping(vit), vit.work, vit.images * float("inf"), 3, progress=False)
+
+
+def test_convert_polishes_and_reports_it(vit: Case) -> None:
+    import msa2conv
+
+    arguments = {"data": vit.images, "calibration": vit.calibration, **vit.keywords}
+    result = msa2conv.convert(vit.model, 0.4, distill_steps=40, **arguments)
+    assert result.report.distance_polished is not None
+    assert result.report.distance_polished < result.report.distance
+    assert result.plan.flops <= 0.4 * vit.seen.costs.base
+    assert result.model.training == vit.model.training
+
+
+def test_augmentation_keeps_shape_and_range_and_treats_images_apart() -> None:
+    images = torch.rand(6, 3, 16, 24)
+    augmented = augment(images, torch.Generator().manual_seed(0))
+    assert augmented.shape == images.shape
+    assert images.min() - 1e-5 <= augmented.min() and augmented.max() <= images.max() + 1e-5
+    same = augment(images[:1].expand(6, -1, -1, -1), torch.Generator().manual_seed(0))
+    assert not torch.equal(same[0], same[1])
