@@ -19,7 +19,7 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2  # one thread for each of two workers
 
 clean:
 	rm -rf .venv out build dist *.egg-info

@@ -61,7 +61,8 @@ class Layout(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Layout:
-        if sorted(axis for group in self._groups for axis in group if axis not in ("nh", "nw")) != ["b", "c", "h", "w"]:
+        axes = sorted(axis for group in self._groups for axis in group)
+        if axes not in (["b", "c", "h", "w"], ["b", "c", "h", "nh", "nw", "w"]):
             raise ValueError(f"pattern {self.pattern!r} must name b, c, h and w once (nh and nw belong to windows)")
         if ["c"] not in self._groups:
             raise ValueError(f"pattern {self.pattern!r} must leave the channels c a dimension of their own")

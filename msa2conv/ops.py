@@ -10,13 +10,19 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from .errors import LayoutMismatch, UnsupportedArgument
 from .layouts import Layout
 
 Width = Annotated[int, Field(ge=1, le=65536)]
+
+
+def _odd(kernel: int) -> int:
+    if kernel % 2 == 0:
+        raise ValueError(f"kernel {kernel} must be odd")
+    return kernel
 
 
 class _Spec(BaseModel):
@@ -117,7 +123,7 @@ class Conv(_Spec):
     kind: Literal["conv"] = "conv"
     layout: Layout
     dim: Width
-    kernel: Annotated[int, Field(ge=1, le=15, multiple_of=1)]
+    kernel: Annotated[int, Field(ge=1, le=15), AfterValidator(_odd)]
     rank: Width
     context: bool = False
     prefix: Prefix | None = None

@@ -22,6 +22,7 @@ from ..plan import Slice, ranges
 from ..sites import FFNSite, Site
 from .ridge import solve_ridge
 
+_SHORTLIST = 4  # units looked at one by one, as a multiple of those that go together
 MEASURED_FRACTIONS = (0.9, 0.8, 0.65, 0.5, 0.35, 0.2, 0.1)
 
 
@@ -123,7 +124,8 @@ def _elimination_order(covariance_KK: Tensor, weight_OK: Tensor, lever: FFN) -> 
     for width, wider in zip(widths[-2::-1], widths[:0:-1], strict=True):
         saliency_K = (weight_OK**2).sum(0) / inverse_KK.diagonal()
         saliency_K[~alive] = torch.inf
-        going = saliency_K.topk(wider - width, largest=False).indices
+        near = saliency_K.topk(min(int(alive.sum()), _SHORTLIST * (wider - width)), largest=False).indices
+        going = near[_one_by_one(inverse_KK[near][:, near], weight_OK[:, near], wider - width)]
         step = torch.linalg.solve(inverse_KK[going][:, going], inverse_KK[going])
         weight_OK -= weight_OK[:, going] @ step
         inverse_KK -= inverse_KK[:, going] @ step
@@ -131,6 +133,21 @@ def _elimination_order(covariance_KK: Tensor, weight_OK: Tensor, lever: FFN) -> 
         weight_OK[:, ~alive] = 0
         order += going.tolist()
     return order + alive.nonzero().flatten().tolist()
+
+
+def _one_by_one(inverse_SS: Tensor, weight_OS: Tensor, count: int) -> list[int]:
+    """`count` of the shortlisted units, each the cheapest after those before it are gone: of twins only one goes."""
+    inverse_SS, weight_OS = inverse_SS.clone(), weight_OS.clone()
+    going: list[int] = []
+    for _ in range(count):
+        saliency_S = (weight_OS**2).sum(0) / inverse_SS.diagonal().clamp_min(1e-300)
+        saliency_S[going] = torch.inf
+        unit = int(saliency_S.argmin())
+        step_S = inverse_SS[unit] / inverse_SS[unit, unit]
+        weight_OS -= torch.outer(weight_OS[:, unit], step_S)
+        inverse_SS -= torch.outer(inverse_SS[:, unit], step_S)
+        going.append(unit)
+    return going
 
 
 @dataclass(frozen=True)

@@ -253,7 +253,8 @@ def _listening(net: Supernet, sites: list[Site], statistics: dict[str, Any]) -> 
         def see(
             _m: nn.Module, args: Any, kwargs: Any, out: Any, site: Site = site, sums: Any = sums, h: Any = hidden
         ) -> None:
-            x, out = args[0] if args else next(iter(kwargs.values())), out[0] if isinstance(out, tuple) else out
+            name = site.io.x if isinstance(site, AttentionSite) else next(iter(kwargs), "")
+            x, out = args[0] if args else kwargs[name], out[0] if isinstance(out, tuple) else out
             if not torch.isfinite(out).all():
                 raise NonFiniteValue(
                     site.path, "NaN or Inf in its output on the calibration images", "finite activations",

@@ -16,9 +16,9 @@ from .measure import tensor_of
 class Replay:
     """Runs a network on fixed batches from any block on.
 
-    The blocks must run one after the other. Their outputs are recorded once; to start at block i, block i-1 returns its
-    recording and all earlier ones return zeros of the right shape, so that whatever lies between them still runs. Where
-    that does not reproduce the recorded output (a network with long skip connections), every run is a full one.
+    The blocks must run one after the other. Their outputs are recorded once; to start at block i, all earlier blocks
+    return their recordings, so that whatever lies between them, and long skip connections, see what they always see.
+    Where blocks do not return plain tensors, or the recorded output is not reproduced, every run is a full one.
 
     Args:
         model: a network that belongs to the caller (its blocks' `forward` is shadowed while a suffix runs).
@@ -68,8 +68,6 @@ class Replay:
         shadowed = [self.model.get_submodule(path) for path in self.blocks[:start]]
         for position, module in enumerate(shadowed):
             value = self.recorded[batch][position]
-            if position < start - 1:
-                value = value.new_zeros(()).expand(value.shape)
             module.forward = lambda *args, value=value, **kwargs: value
         try:
             yield

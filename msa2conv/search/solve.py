@@ -62,7 +62,7 @@ def solve(
     for lower in dict.fromkeys((least, 0)):
         within = LinearConstraint((extra / scale)[None, :], lower / scale, room / scale)
         result = milp(
-            prices / max(float(prices.max()), 1e-12),
+            prices * (1e4 / max(float(prices.max()), 1e-12)),  # far above the absolute gap of 1e-6
             constraints=[one_each, within],
             integrality=np.ones(len(flat)),
             bounds=Bounds(0, 1),
