@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from msa2conv.api import versions
 from msa2conv.data import transform
 from msa2conv.plan import Preprocessing
-from msa2conv.storage import write_json, write_text
+from msa2conv.storage import write_json
 
 RESULTS = Path(__file__).parent / "results"
 HALF = Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.9)  # how the augreg ViTs of timm were trained
@@ -64,7 +64,7 @@ def peak_gib() -> float:
 
 
 def write(name: str, command: str, seed: int, rows: Sequence[dict[str, Any]], note: str) -> None:
-    """Write results/<name>.json and a Markdown table of its rows."""
+    """Write results/<name>.json; `python -m benchmarks.table` makes the tables."""
     about = {
         "command": command,
         "seed": seed,
@@ -73,10 +73,4 @@ def write(name: str, command: str, seed: int, rows: Sequence[dict[str, Any]], no
         "note": note,
     }
     write_json(RESULTS / f"{name}.json", {**about, "rows": list(rows)})
-    columns = [key for key in rows[0] if not isinstance(rows[0][key], (dict, list))]
-    lines = [f"# {name}", "", note, "", f"`{command}` · seed {seed} · {about['device']} · "]
-    lines[-1] += ", ".join(f"{key} {value}" for key, value in versions().items())
-    lines += ["", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(str(row.get(column, "")) for column in columns) + " |" for row in rows]
-    write_text(RESULTS / f"{name}.md", "\n".join(lines) + "\n")
-    print(json.dumps(about, indent=2))
+    print(json.dumps(about, indent=2), "\nnow: python -m benchmarks.table")

@@ -12,6 +12,8 @@ import functools
 import importlib
 import pkgutil
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,3 +105,9 @@ def test_there_are_doctests() -> None:
 
 def module(name: str) -> Any:
     return importlib.import_module(f"msa2conv.{name}")
+
+
+def test_tables_show_what_the_result_files_say() -> None:
+    table = [sys.executable, "-m", "benchmarks.table", "--check"]
+    result = subprocess.run(table, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

@@ -33,7 +33,7 @@ with torch.no_grad():
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--flops", type=float, default=0.7)
-    parser.add_argument("--distill-steps", type=int, default=40)
+    parser.add_argument("--distill-steps", type=int, default=0, help="also polish the hybrid, label-free")
     parser.add_argument("--out", type=Path, default=Path("out/clothing"))
     args = parser.parse_args()
     console = Console()
@@ -47,17 +47,20 @@ def main() -> None:
     plain = msa2conv.convert(model, args.flops)
     console.print(str(plain), highlight=False)
 
-    console.rule(f"the same plan, polished by {args.distill_steps} label-free distillation steps")
-    polished = msa2conv.convert(model, args.flops, calibration=plain.calibration, distill_steps=args.distill_steps)
-    saved = polished.save(args.out)
+    models = {"original": model, "hybrid": plain.model}
+    last = plain
+    if args.distill_steps:
+        console.rule(f"the same plan, polished by {args.distill_steps} label-free distillation steps")
+        last = msa2conv.convert(model, args.flops, calibration=plain.calibration, distill_steps=args.distill_steps)
+        models["hybrid, polished"] = last.model
+    saved = last.save(args.out)
 
     console.rule(f"{len(photos)} test photos that neither training nor calibration has seen")
-    models = {"original": model, "hybrid": plain.model, "hybrid, polished": polished.model}
     accuracy = {name: evaluate(m, photos, what=name) for name, m in models.items()}
-    console.print(table(models, accuracy, polished.plan.base.flops, polished.plan.flops, photos[0][0][None]))
+    console.print(table(models, accuracy, last.plan.base.flops, last.plan.flops, photos[0][0][None]))
 
     images = torch.stack([photos[i][0] for i in range(0, len(photos), 12)])
-    same = reloaded_in_fresh_process(saved, images, polished.model)
+    same = reloaded_in_fresh_process(saved, images, last.model)
     console.print(f"\n{saved}, reloaded in a fresh process: outputs {'equal bit for bit' if same else 'DIFFER'}")
     console.print(f"plan, report and model card are in {args.out}/", highlight=False)
     if not same:

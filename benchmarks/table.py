@@ -1,0 +1,62 @@
+"""Result files -> Markdown: the tables in results/*.md and those between markers in README.md.
+
+python -m benchmarks.table            # write
+python -m benchmarks.table --check    # fail if a shown table is not what the result files say
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from msa2conv.storage import write_text
+
+from .common import RESULTS
+
+README = Path(__file__).parent.parent / "README.md"
+_MARKED = re.compile(r"(<!-- table: (\w+)(?: without ([^>]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def render(name: str, without: tuple[str, ...] = ()) -> str:
+    """The rows of results/<name>.json as a Markdown table, with the note and how to repeat it below."""
+    result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    rows = result["rows"]
+    nested = {key for row in rows for key, value in row.items() if isinstance(value, (dict, list))}
+    columns = [key for key in rows[0] if key not in nested and key not in without]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(str(row.get(column, "")) for column in columns) + " |" for row in rows]
+    versions = ", ".join(f"{key} {value}" for key, value in result["versions"].items())
+    return "\n".join(
+        [*lines, "", f"{result['note']} `{result['command']}`; seed {result['seed']}; {result['device']}; {versions}."]
+    )
+
+
+def readme() -> str:
+    """README.md with every marked table rendered anew."""
+
+    def fill(match: re.Match[str]) -> str:
+        without = tuple(part.strip() for part in (match[3] or "").split(",") if part.strip())
+        return f"{match[1]}{render(match[2], without)}\n{match[4]}"
+
+    return _MARKED.sub(fill, README.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    wanted = {README: readme()}
+    wanted |= {path.with_suffix(".md"): f"# {path.stem}\n\n{render(path.stem)}\n" for path in RESULTS.glob("*.json")}
+    stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]
+    if args.check and stale:
+        sys.exit(f"stale tables: {', '.join(path.name for path in stale)}; run python -m benchmarks.table")
+    for path in stale:
+        write_text(path, wanted[path])
+
+
+if __name__ == "__main__":
+    main()

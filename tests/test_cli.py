@@ -1,0 +1,131 @@
+"""The command line: the three commands on a small timm model, and what it says when something is missing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from msa2conv import errors
+from msa2conv.cli import app
+
+NAME = "vit_tiny_patch16_224"
+CONVERT = ["convert", NAME, "--flops"]
+run = CliRunner().invoke
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ImageFolder of three classes and nine photos of noise."""
+    root = tmp_path_factory.mktemp("photos")
+    generator = torch.Generator().manual_seed(0)
+    for index in range(9):
+        folder = root / f"class{index % 3}"
+        folder.mkdir(exist_ok=True)
+        pixels = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8, generator=generator)
+        Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    model = timm.create_model(NAME, num_classes=3)
+    path = tmp_path_factory.mktemp("weights") / "weights.pth"
+    torch.save({"model": model.state_dict()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def converted(photos: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    out = tmp_path_factory.mktemp("cli") / "out"
+    options = ["--flops", "70%", "--checkpoint", checkpoint, "--images", photos, "-n", 8, "--lever", "ffn", "-o", out]
+    result = run(app, ["convert", NAME, *map(str, options), "--no-progress"])
+    assert result.exit_code == 0, result.output
+    return out, result.output
+
+
+def test_inspect_shows_sites_floor_and_ceiling() -> None:
+    result = run(app, ["inspect", NAME])
+    assert result.exit_code == 0
+    assert "1.258 GFLOPs (multiply-adds, batch 1)" in result.output
+    assert "blocks.11.attn" in result.output and "reachable:" in result.output
+
+
+def test_convert_writes_the_folder_and_prints_the_plan(converted: tuple[Path, str]) -> None:
+    out, text = converted
+    assert {path.name for path in out.iterdir()} == {"model.safetensors", "plan.json", "report.json", "README.md"}
+    assert "ffn" in text and "1.26 -> 0.8" in text and "msa2conv eval" in text
+
+
+def test_eval_puts_the_original_beside_the_hybrid(converted: tuple[Path, str], photos: Path, checkpoint: Path) -> None:
+    out, _ = converted
+    result = run(app, ["eval", str(out), "--images", str(photos), "--original", str(checkpoint), "--no-progress"])
+    assert result.exit_code == 0, result.output
+    assert "original" in result.output and "hybrid" in result.output and "/9)" in result.output
+    assert "warning" not in result.output
+
+
+def test_eval_warns_of_other_weights(converted: tuple[Path, str], photos: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.pth"
+    torch.save(timm.create_model(NAME, num_classes=3).state_dict(), other)
+    result = run(app, ["eval", str(converted[0]), "--images", str(photos), "--original", str(other), "--no-progress"])
+    assert "holds other weights than those that were converted" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "text"),
+    [
+        (["inspect", "vit_tinny_patch16_224"], errors.InvalidArgument, "perhaps vit_tiny_patch16_224"),
+        ([*CONVERT, "2", "--no-pretrained", "-o", "OUT"], errors.InvalidTarget, "Did you mean '2%'"),
+        ([*CONVERT, "0.7", "--checkpoint", "BAD", "-o", "OUT"], errors.InvalidCheckpoint, "keys that"),
+        ([*CONVERT, "0.7", "--checkpoint", "none.pth", "-o", "OUT"], errors.InvalidCheckpoint, "no file"),
+        ([*CONVERT, "0.7", "--no-pretrained", "-o", "FILE/out"], errors.InvalidOutputPath, "output path"),
+        (["eval", "nowhere", "--images", "x"], errors.InvalidCheckpoint, "no file"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_typed_errors(arguments: list[str], kind: type[Exception], text: str, tmp_path: Path) -> None:
+    bad, file = tmp_path / "bad.pth", tmp_path / "file"
+    torch.save({"something.weight": torch.zeros(1)}, bad)
+    file.write_text("")
+    places = {"OUT": str(tmp_path / "out"), "BAD": str(bad), "FILE/out": str(file / "out")}
+    result = run(app, [places.get(argument, argument) for argument in arguments])
+    assert isinstance(result.exception, kind), result.output
+    assert text in str(result.exception)
+
+
+def test_missing_pretrained_weights_say_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    create = timm.create_model
+
+    def offline(name: str, pretrained: bool = False, **kwargs: object) -> object:
+        if pretrained:
+            raise OSError("cannot reach the hub")
+        return create(name, pretrained=False, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    result = run(app, ["convert", NAME, "--flops", "0.7", "-o", str(tmp_path / "out")])
+    assert isinstance(result.exception, errors.WeightsUnavailable)
+    assert "cannot reach the hub" in str(result.exception)
+    assert "pass --checkpoint FILE, or --no-pretrained for random weights" in str(result.exception)
+
+
+def test_errors_end_in_one_line_and_exit_code_1() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "msa2conv", "inspect", "resnet18"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("error: ResNet: found no attention module at all")
+    assert "Traceback" not in result.stderr
+
+
+def test_without_the_cli_extra_the_install_line_is_named() -> None:
+    code = "import sys; sys.modules['typer'] = None; from msa2conv.__main__ import main; main()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "pip install 'msa2conv[cli]'" in result.stderr
