@@ -22,10 +22,10 @@ from .common import write
 MODELS = (
     "vit_tiny_patch16_224",
     "deit_tiny_patch16_224",
-    "deit_small_patch16_224",
-    "deit_base_patch16_224",
     "swin_tiny_patch4_window7_224",
+    "deit_small_patch16_224",
     "swin_small_patch4_window7_224",
+    "deit_base_patch16_224",
 )
 
 
@@ -66,7 +66,8 @@ def main() -> None:
         }
         print(row, flush=True)
         rows.append(row)
-    write("budgets", "python -m benchmarks.budgets", args.seed, rows, __doc__.split("\n\n")[2].replace("\n", " "))
+        # After every model, so that a run that is cut short leaves what it has measured.
+        write("budgets", "python -m benchmarks.budgets", args.seed, rows, __doc__.split("\n\n")[2].replace("\n", " "))
 
 
 if __name__ == "__main__":

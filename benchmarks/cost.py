@@ -36,7 +36,7 @@ def main() -> None:
         text = subprocess.run(call, check=True, capture_output=True, text=True).stdout.strip().splitlines()[-1]
         rows.append({"model": name, **dict(pair.split("=") for pair in text.split())})
         print(rows[-1], flush=True)
-    write("cost", "python -m benchmarks.cost", args.seed, rows, __doc__.split("\n\n")[2].replace("\n", " "))
+        write("cost", "python -m benchmarks.cost", args.seed, rows, __doc__.split("\n\n")[2].replace("\n", " "))
 
 
 def measure(name: str, images: int, seed: int) -> str:
