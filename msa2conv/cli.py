@@ -51,7 +51,7 @@ def inspect(
 ) -> None:
     """Show every attention found, where the FLOPs are, and which budgets can be reached. Needs no weights."""
     kwargs: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
-    console.print(str(api.inspect(create(name, **kwargs))), highlight=False)
+    console.print(str(api.inspect(create(name, **kwargs))), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -88,8 +88,10 @@ def convert(
         progress=progress,
     )
     result.save(output)
-    console.print(str(result), highlight=False)
-    console.print(f"\nwritten to {output}/   next: msa2conv eval {output} --images DIR", highlight=False)
+    console.print(str(result), highlight=False, soft_wrap=True)
+    console.print(
+        f"\nwritten to {output}/   next: msa2conv eval {output} --images DIR", highlight=False, soft_wrap=True
+    )
 
 
 @app.command(name="eval")

@@ -59,7 +59,7 @@ def test_inspect_shows_sites_floor_and_ceiling() -> None:
 
 
 def test_convert_writes_the_folder_and_prints_the_plan(converted: tuple[Path, str]) -> None:
-    out, text = converted
+    out, text = converted[0], " ".join(converted[1].split())
     assert {path.name for path in out.iterdir()} == {"model.safetensors", "plan.json", "report.json", "README.md"}
     assert "ffn" in text and "1.26 -> 0.8" in text and "msa2conv eval" in text
 

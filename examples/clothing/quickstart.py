@@ -45,7 +45,7 @@ def main() -> None:
 
     console.rule("convert: no labels, no gradients; calibrated on photos shipped with msa2conv")
     plain = msa2conv.convert(model, args.flops)
-    console.print(str(plain), highlight=False)
+    console.print(str(plain), highlight=False, soft_wrap=True)
 
     models = {"original": model, "hybrid": plain.model}
     last = plain
@@ -62,7 +62,7 @@ def main() -> None:
     images = torch.stack([photos[i][0] for i in range(0, len(photos), 12)])
     same = reloaded_in_fresh_process(saved, images, last.model)
     console.print(f"\n{saved}, reloaded in a fresh process: outputs {'equal bit for bit' if same else 'DIFFER'}")
-    console.print(f"plan, report and model card are in {args.out}/", highlight=False)
+    console.print(f"plan, report and model card are in {args.out}/", highlight=False, soft_wrap=True)
     if not same:
         sys.exit(1)
 
