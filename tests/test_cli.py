@@ -17,7 +17,7 @@ from msa2conv.cli import app
 
 NAME = "vit_tiny_patch16_224"
 CONVERT = ["convert", NAME, "--flops"]
-run = CliRunner().invoke
+run = CliRunner(env={"COLUMNS": "160"}).invoke
 
 
 @pytest.fixture(scope="module")
