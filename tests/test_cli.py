@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
 from msa2conv import errors
@@ -17,7 +18,13 @@ from msa2conv.cli import app
 
 NAME = "vit_tiny_patch16_224"
 CONVERT = ["convert", NAME, "--flops"]
-run = CliRunner(env={"COLUMNS": "160"}).invoke
+run = CliRunner().invoke
+
+
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables are cut to the terminal's width: make that the same everywhere."""
+    monkeypatch.setattr("msa2conv.cli.console", Console(width=160))
 
 
 @pytest.fixture(scope="module")
