@@ -51,12 +51,6 @@ def split(count: int, first: int, seed: int) -> tuple[torch.Tensor, torch.Tensor
     return order[:first], order[first:]
 
 
-@torch.no_grad()
-def outputs(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Outputs of a model on many images."""
-    return torch.cat([model.eval()(batch) for batch in torch.split(images, 64)])
-
-
 def peak_gib() -> float:
     """Largest resident memory of this process so far, in GiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 import msa2conv
-from msa2conv.search.measure import distance
+from msa2conv.search.measure import distance, outputs
 
-from .common import outputs, packed_photos, peak_gib, split, vit_tiny, write
+from .common import packed_photos, peak_gib, split, vit_tiny, write
 
 
 def main() -> None:
@@ -73,7 +73,7 @@ def measured(
     reference: torch.Tensor,
     dense: float,
 ) -> dict[str, Any]:
-    found = outputs(result.model, x)
+    found = outputs(result.model.eval(), x)
     accuracy = top1(found, y)
     return {
         "calibrated on": source,

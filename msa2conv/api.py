@@ -189,9 +189,8 @@ def convert(
     example = example_input(work, example_inputs)
     seen = _inspect(work, original, example, chosen, adapters)
     target = parse_target(flops_target, seen.costs.base)
-    floor = seen.floor if calibration is None else _floor(calibration)
-    if target < floor:
-        raise infeasible(target, floor)
+    if calibration is None and target < seen.floor:  # of a given Calibration, `choose` knows the floor
+        raise infeasible(target, seen.floor)
 
     seconds: dict[str, float] = {}
     pictures: Tensor | None = None
@@ -240,12 +239,6 @@ def _cast(hybrid: nn.Module, original: nn.Module) -> dict[str, Tensor]:
 def _name(model: nn.Module) -> str:
     config = getattr(model, "pretrained_cfg", None) or {}
     return str(config.get("architecture") or type(model).__name__)
-
-
-def _floor(calibration: Calibration) -> int:
-    options = calibration.options()
-    saved = sum(calibration.costs.hosts[path] - min(o.flops for o in group) for path, group in options.items())
-    return calibration.costs.base - saved
 
 
 __all__ = ["Conversion", "calibrate", "choose", "convert", "inspect", "make_plan", "versions"]

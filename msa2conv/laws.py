@@ -13,7 +13,7 @@ from .options import Option
 from .plan import Plan
 from .search.measure import tensor_of
 from .sites import Claims
-from .transforms.lift import lift, max_difference, realise
+from .transforms.lift import lift, max_difference
 
 _HINT = "This is a bug or a model that an adapter misreads: please report it with print(msa2conv.inspect(model))."
 
@@ -52,13 +52,7 @@ def verify(
     lifted, tolerance = max_difference(tensor_of(net.model(images)), original)
     _demand(lifted <= tolerance, "law 1, lifting is the identity", f"a difference of {lifted:.2e}", f"{tolerance:.0e}")
 
-    sites = {site.path: site for site in claims.sites}
-    branches = {
-        path: realise(option, net.nodes[path].host, sites[path].path).to(device)
-        for path, option in choices.items()
-        if option.edits
-    }
-    with net.pinned(branches) as pinned:
+    with net.pinned(net.branches(choices)) as pinned:
         expected = tensor_of(pinned(images))
     lowered, tolerance = max_difference(tensor_of(hybrid(images)), expected)
     _demand(lowered <= tolerance, "law 2, lowering is exact", f"a difference of {lowered:.2e}", f"{tolerance:.0e}")

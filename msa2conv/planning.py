@@ -17,7 +17,7 @@ from .search.calibrate import Calibration
 from .search.measure import distance, outputs
 from .search.solve import diverse
 from .transforms.apply import apply
-from .transforms.lift import lift, realise
+from .transforms.lift import lift
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ def choose(model: nn.Module, calibration: Calibration, target: int, *, progress:
     net = lift(model, options)
     distances: dict[str, float] = {}
     for name, choices in track(found.items(), "compare", progress):
-        branches = {p: realise(option, net.nodes[p].host, p) for p, option in choices.items() if option.edits}
-        with net.pinned(branches) as pinned:
+        with net.pinned(net.branches(choices)) as pinned:
             output = outputs(pinned, calibration.images)
         distances[name] = distance(calibration.reference, output, calibration.measure)
     best = min(distances, key=lambda name: distances[name])

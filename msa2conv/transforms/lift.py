@@ -25,6 +25,10 @@ class Supernet:
         """Build what `option` puts at `site`: its edits and tensors, run on a copy of the host alone."""
         return realise(option, self.nodes[site.path].host, site.path)
 
+    def branches(self, choices: Mapping[str, Option]) -> dict[str, nn.Module]:
+        """{site path: branch} of every choice other than the host."""
+        return {path: realise(option, self.nodes[path].host, path) for path, option in choices.items() if option.edits}
+
     @contextmanager
     def pinned(self, choices: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
         """Run with these branches at these sites and the host elsewhere; all gates return to the host afterwards."""

@@ -228,7 +228,7 @@ def test_a_fresh_process_needs_no_search_and_gives_the_same_bits(name: str, tmp_
     loaded_packages = set(done.stdout.split())
     assert "torch" in loaded_packages
     assert not loaded_packages & {"fvcore", "torch_pruning", "scipy", "accelerate"}
-    assert torch.equal(torch.load(output), run(case.result.model, case.images))
+    assert torch.equal(torch.load(output, weights_only=True), run(case.result.model, case.images))
 
 
 # Law 6
