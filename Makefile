@@ -1,8 +1,10 @@
-# Everything runs in .venv, which is made on first use. torch and torchvision are installed together, from one index.
+# Everything runs in .venv, and test-oldest in .venv-oldest; both are made on first use. torch and torchvision are installed
+# together, from one index.
 PYTHON ?= python3
 BIN := .venv/bin
+OLDEST := .venv-oldest/bin
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-oldest lint clean
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -21,5 +23,18 @@ lint: .venv/installed
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2  # one thread for each of two workers
 
+# The versions are for Python 3.10 to 3.12: `make test-oldest PYTHON=python3.10`. The .gitignore keeps git and ruff out.
+.venv-oldest/installed: pyproject.toml tests/oldest.txt
+	$(PYTHON) -m venv --clear .venv-oldest
+	echo '*' > .venv-oldest/.gitignore
+	$(OLDEST)/pip install --quiet -c tests/oldest.txt torch torchvision
+	$(OLDEST)/pip install --quiet -c tests/oldest.txt -e '.[cli]' 'pytest>=8' 'hypothesis>=6'
+	touch $@
+
+# Left out: what compares with torch's own counter, which does not see the CPU's fused attention in torch 2.6.
+test-oldest: .venv-oldest/installed
+	OMP_NUM_THREADS=1 $(OLDEST)/python -m pytest tests/laws tests/unit \
+		--deselect tests/unit/test_cost.py::test_torchs_own_counter_agrees
+
 clean:
-	rm -rf .venv out build dist *.egg-info
+	rm -rf .venv .venv-oldest out build dist *.egg-info

@@ -11,6 +11,11 @@ from pathlib import Path
 
 import pytest
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it along
+
 ROOT = Path(__file__).parents[1]
 CONVERT = """
 import msa2conv, torch
@@ -74,3 +79,11 @@ def test_the_installed_wheel_converts_a_model_anywhere(wheel: Path, tmp_path: Pa
     code = CONVERT.format(installed=str(installed))
     assert "GFLOPs" in run("-W", "ignore", "-c", code, cwd=elsewhere, PYTHONPATH=str(installed))
     assert [path.name for path in elsewhere.iterdir()] == ["hybrid.safetensors"]
+
+
+def test_the_oldest_versions_tested_are_the_oldest_stated() -> None:
+    """`make test-oldest` installs exactly the lower bounds that users are promised."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    stated = [*project["dependencies"], *project["optional-dependencies"]["cli"]]
+    tested = [line for line in (ROOT / "tests/oldest.txt").read_text().splitlines() if not line.startswith("#")]
+    assert [line.replace("==", ">=") for line in tested] == stated
