@@ -16,9 +16,10 @@ from . import api
 from .adapters.build import build, create, preprocessing
 from .cost import count_flops
 from .data import image_folder
-from .errors import ArchitectureMismatch, InvalidCheckpoint, Msa2ConvError, WeightsUnavailable
+from .errors import ArchitectureMismatch, InvalidCheckpoint, InvalidOutputPath, Msa2ConvError, WeightsUnavailable
 from .evaluate import Accuracy, evaluate, latency
 from .plan import Preprocessing, fingerprint, parameter_count, weights_sha256
+from .search.resume import discard
 from .storage import check_writable, load, read_plan, read_state_dict
 
 app = typer.Typer(
@@ -69,25 +70,38 @@ def convert(
     seed: int = 0,
     progress: bool = True,
 ) -> None:
-    """Convert a timm model and write the hybrid to a folder."""
+    """Convert a timm model and write the hybrid to a folder. Interrupted, the same command continues."""
     target = _number(flops)
+    if output.suffix == ".safetensors":
+        raise InvalidOutputPath(
+            str(output), "the name of a file", "a folder, which gets the hybrid, its plan, report and card",
+            f"For example {output.with_suffix('')}.",
+        )  # fmt: skip
     check_writable(output / "model.safetensors")
+    torch.manual_seed(seed)  # the same command means the same model, with --no-pretrained too
     model = _model(name, pretrained and checkpoint is None, checkpoint, num_classes)
     prepared = preprocessing(model) or Preprocessing()
     size = api.inspect(model).input_size
     data = None if images is None else image_folder(images, size, prepared)
     levers = tuple(item.value for item in lever) if lever else ("mixer", "ffn")
-    result = api.convert(
-        model,
-        target,
-        data=data,
-        levers=levers,
-        images=number,
-        distill_steps=distill_steps,
-        seed=seed,
-        progress=progress,
-    )
-    result.save(output)
+    calibrating = output / "calibrating"
+    try:
+        result = api.convert(
+            model,
+            target,
+            data=data,
+            levers=levers,
+            images=number,
+            distill_steps=distill_steps,
+            seed=seed,
+            progress=progress,
+            resume=calibrating,
+        )
+        result.save(output)
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted: the same command continues with what {calibrating}/ holds", err=True)
+        raise
+    discard(calibrating)
     console.print(str(result), highlight=False, soft_wrap=True)
     console.print(
         f"\nwritten to {output}/   next: msa2conv eval {output} --images DIR", highlight=False, soft_wrap=True

@@ -43,7 +43,11 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give a temporary path beside `path`; rename it over `path` on success, delete it on failure."""
+    """Give a temporary path beside `path`; rename it over `path` on success, delete it on failure.
+
+    Raises:
+        InvalidOutputPath: nothing can be created there, or the disk is full.
+    """
     target = check_writable(path)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
     os.close(handle)
@@ -51,7 +55,14 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield temporary
         os.chmod(temporary, 0o644)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())  # else a power cut may find the new name on disk before the content
         os.replace(temporary, target)
+    except (OSError, SafetensorError) as error:
+        raise InvalidOutputPath(
+            str(path), f"a file that could not be written whole ({error})", "a disk with room for it",
+            "Free some space, or choose another output path.",
+        ) from error  # fmt: skip
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -86,7 +97,10 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         ) from error
 
 
-def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+STATE_KEYS = ("state_dict", "model_ema", "model")  # under which training code keeps its state dict, best first
+
+
+def read_state_dict(path: str | os.PathLike[str], keys: tuple[str, ...] = STATE_KEYS) -> dict[str, Tensor]:
     """Read weights from .safetensors, or from .pth/.pt/.bin with `weights_only=True`; raises InvalidCheckpoint."""
     source = Path(path)
     if source.suffix == ".safetensors":
@@ -104,18 +118,40 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             "tensors only",
             "Unpickling can run code and is refused: save the plain state dict with safetensors.torch.save_file.",
         ) from error
-    for key in ("state_dict", "model_ema", "model"):
+    return state_dict_in(loaded, str(path), keys)
+
+
+def state_dict_in(loaded: Any, where: str, keys: tuple[str, ...] = STATE_KEYS) -> dict[str, Tensor]:
+    """The state dict in what training code saved: itself, or the first of `keys`; raises InvalidCheckpoint."""
+    for key in keys:
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
             break
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise InvalidCheckpoint(
-            str(path),
+            where,
             f"{type(loaded).__name__} with entries that are not tensors",
             "a state dict {name: tensor}, plain or under 'state_dict', 'model' or 'model_ema'",
             "Save model.state_dict() alone.",
         )
     return {name.removeprefix("module."): value for name, value in loaded.items()}
+
+
+def write_state(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
+    """Write nested dicts and lists of tensors and plain numbers (a training state) atomically."""
+    with atomic_write(path) as temporary:
+        torch.save(state, temporary)
+
+
+def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what `write_state` wrote, without unpickling anything but tensors and plain values."""
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:
+        raise InvalidCheckpoint(
+            str(path), f"a file that is not a saved training state ({type(error).__name__})", "one that msa2conv wrote",
+            "Delete it to start anew.",
+        ) from error  # fmt: skip
 
 
 def model_file(path: str | os.PathLike[str]) -> Path:

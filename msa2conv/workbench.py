@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +26,21 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+@contextmanager
+def own_randomness() -> Iterator[None]:
+    """Leave PyTorch's global random state as it was found: mixers are initialised before their values are filled in."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(list(devices), device_type="cuda"):
+        yield
+
+
 def working_copy(model: nn.Module) -> nn.Module:
     """A float32 copy in eval mode, without the user's hooks, on the model's device."""
     if next(model.parameters(), None) is None:
         raise InvalidArgument("model", "a module without parameters", "a trained network", "Pass the model itself.")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise InvalidArgument("model", "parameters on the meta device", "real weights", "Load the weights first.")
-    work = copy.deepcopy(model)
+    work = without_autocast(copy.deepcopy(model))
     for module in work.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
@@ -42,6 +52,14 @@ def working_copy(model: nn.Module) -> nn.Module:
     if hasattr(work, "set_grad_checkpointing"):
         work.set_grad_checkpointing(False)  # type: ignore[operator]
     return work
+
+
+def without_autocast(model: nn.Module) -> nn.Module:
+    """Undo, in place, the autocast that accelerate's mixed precision puts around a model's own `forward`."""
+    forward = model.__dict__.pop("_original_forward", None)
+    if forward is not None:
+        model.forward = forward
+    return model
 
 
 def example_input(model: nn.Module, example_inputs: Tensor | None) -> Tensor:

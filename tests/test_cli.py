@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -13,8 +14,11 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from msa2conv import errors
+from msa2conv import api, errors
 from msa2conv.cli import app
+from msa2conv.plan import weights_sha256
+from msa2conv.search import calibrate
+from msa2conv.search.measure import distance
 
 NAME = "vit_tiny_patch16_224"
 CONVERT = ["convert", NAME, "--flops"]
@@ -49,11 +53,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def command(photos: Path, checkpoint: Path, out: Path) -> list[str]:
+    options = ["--flops", "70%", "--checkpoint", checkpoint, "--images", photos, "-n", 8, "--lever", "ffn", "-o", out]
+    return ["convert", NAME, *map(str, options), "--no-progress"]
+
+
 @pytest.fixture(scope="module")
 def converted(photos: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("cli") / "out"
-    options = ["--flops", "70%", "--checkpoint", checkpoint, "--images", photos, "-n", 8, "--lever", "ffn", "-o", out]
-    result = run(app, ["convert", NAME, *map(str, options), "--no-progress"])
+    result = run(app, command(photos, checkpoint, out))
     assert result.exit_code == 0, result.output
     return out, result.output
 
@@ -69,6 +77,46 @@ def test_convert_writes_the_folder_and_prints_the_plan(converted: tuple[Path, st
     out, text = converted[0], " ".join(converted[1].split())
     assert {path.name for path in out.iterdir()} == {"model.safetensors", "plan.json", "report.json", "README.md"}
     assert "ffn" in text and "1.26 -> 0.8" in text and "msa2conv eval" in text
+
+
+def test_interrupted_the_same_command_continues(
+    converted: tuple[Path, str], photos: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Ctrl-C while options are scored; what comes out in the end is what an uninterrupted run writes."""
+    out, measured = tmp_path / "out", []
+
+    def measure(*args: Any) -> float:
+        measured.append(distance(*args))
+        if len(measured) == 40:
+            raise KeyboardInterrupt
+        return measured[-1]
+
+    arguments = command(photos, checkpoint, out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate, "distance", measure)
+        result = run(app, arguments)
+        assert result.exit_code != 0
+        assert f"interrupted: the same command continues with what {out}/calibrating/ holds\n" in result.output
+        assert [path.name for path in out.iterdir()] == ["calibrating"]
+        result = run(app, arguments)
+        assert result.exit_code == 0, result.output
+    assert len(measured) == 12 * (2 + 7) + 1  # two for a prefix weight, seven widths; the interrupted one twice
+    assert {path.name for path in out.iterdir()} == {"model.safetensors", "plan.json", "report.json", "README.md"}
+    for name in ("model.safetensors", "plan.json"):
+        assert (out / name).read_bytes() == (converted[0] / name).read_bytes()
+
+
+def test_the_same_command_means_the_same_random_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given: list[str] = []
+
+    def convert(model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        given.append(weights_sha256(model))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "convert", convert)
+    for seed in ("0", "0", "1"):
+        run(app, [*CONVERT, "0.7", "--no-pretrained", "-o", str(tmp_path), "--seed", seed])
+    assert given[0] == given[1] != given[2]
 
 
 def test_eval_puts_the_original_beside_the_hybrid(converted: tuple[Path, str], photos: Path, checkpoint: Path) -> None:
@@ -94,6 +142,7 @@ def test_eval_warns_of_other_weights(converted: tuple[Path, str], photos: Path, 
         ([*CONVERT, "0.7", "--checkpoint", "BAD", "-o", "OUT"], errors.InvalidCheckpoint, "keys that"),
         ([*CONVERT, "0.7", "--checkpoint", "none.pth", "-o", "OUT"], errors.InvalidCheckpoint, "no file"),
         ([*CONVERT, "0.7", "--no-pretrained", "-o", "FILE/out"], errors.InvalidOutputPath, "output path"),
+        ([*CONVERT, "0.7", "-o", "out.safetensors"], errors.InvalidOutputPath, "a folder, which gets the hybrid"),
         (["eval", "nowhere", "--images", "x"], errors.InvalidCheckpoint, "no file"),
     ],
 )  # fmt: skip

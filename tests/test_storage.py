@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +115,15 @@ def test_a_crash_leaves_the_old_file_whole(
     with pytest.raises(Crash):
         other.save(tmp_path / name)
     assert {path: content for path, content in files(tmp_path).items() if content is not None} == before
+
+
+def test_content_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a power cut may leave an empty file in the place of a whole one."""
+    done: list[tuple[str, bytes]] = []
+    monkeypatch.setattr(os, "fsync", lambda file: done.append(("fsync", os.pread(file, 99, 0))))
+    monkeypatch.setattr(os, "replace", lambda old, new: done.append(("replace", Path(old).read_bytes())))
+    storage.write_text(tmp_path / "text", "all of it")
+    assert done == [("fsync", b"all of it"), ("replace", b"all of it")]
 
 
 def test_a_full_disk_leaves_no_part_of_a_text(tmp_path: Path) -> None:

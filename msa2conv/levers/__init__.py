@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torch import Tensor
+
+from ..cost import CostModel
 from ..errors import InvalidArgument
+from ..sites import AttentionSite, FFNSite, Site
 from .base import Lever, Record, Statistics
-from .ffn import FFN
-from .mixer import Mixer
+from .ffn import FFN, FFNRecord
+from .mixer import Mixer, MixerRecord
 
 _BY_NAME: dict[str, type[Mixer] | type[FFN]] = {"mixer": Mixer, "ffn": FFN}
 
@@ -40,4 +44,15 @@ def resolve_levers(levers: Any) -> tuple[Lever, ...]:
     return tuple(resolved)
 
 
-__all__ = ["FFN", "Lever", "Mixer", "Record", "Statistics", "resolve_levers"]
+def read_record(
+    site: Site | None, costs: CostModel, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> Record | None:
+    """What `Record.state()` described, at the site it was made for; None where site and lever do not go together."""
+    if isinstance(site, AttentionSite) and meta["lever"] == "mixer":
+        return MixerRecord.from_state(site, costs, meta, tensors)
+    if isinstance(site, FFNSite) and meta["lever"] == "ffn":
+        return FFNRecord.from_state(site, costs, meta, tensors)
+    return None
+
+
+__all__ = ["FFN", "Lever", "Mixer", "Record", "Statistics", "read_record", "resolve_levers"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,9 +15,7 @@ from torch import Tensor, nn
 
 from ..cost import CostModel
 from ..errors import ArchitectureMismatch, InvalidCheckpoint, NonFiniteValue, UnsupportedSchema
-from ..levers import Lever, Record
-from ..levers.ffn import FFNRecord
-from ..levers.mixer import MixerRecord
+from ..levers import Lever, Record, read_record
 from ..options import Option
 from ..plan import fingerprint, weights_sha256
 from ..progress import track
@@ -27,6 +24,7 @@ from ..storage import read_tensors, write_tensors
 from ..transforms.lift import Supernet, lift
 from .measure import Measure, default_measure, distance
 from .replay import Replay
+from .resume import Journal
 
 BATCH = 32
 FORMAT_KEY, FORMAT_VERSION = "msa2conv.calibration", "1"
@@ -116,15 +114,12 @@ class Calibration:
         records: list[Record] = []
         for index, meta in enumerate(about.pop("records")):
             own = {k.split("|", 1)[1]: v for k, v in tensors.items() if k.split("|", 1)[0] == str(index)}
-            site = sites.get(meta["site"])
-            if isinstance(site, AttentionSite) and meta["lever"] == "mixer":
-                records.append(MixerRecord.from_state(site, model, meta, own))
-            elif isinstance(site, FFNSite) and meta["lever"] == "ffn":
-                records.append(FFNRecord.from_state(site, model, meta, own))
-            else:
+            record = read_record(sites.get(meta["site"]), model, meta, own)
+            if record is None:
                 raise ArchitectureMismatch(
                     str(path), f"a site {meta['site']!r}", "the sites of this model", "Calibrate this model itself."
                 )
+            records.append(record)
         return cls(costs=model, records=records, images=tensors["images"], reference=tensors["reference"], **about)
 
     def without_held_out(self, images: Tensor) -> Tensor:
@@ -154,6 +149,7 @@ def calibrate_sites(
     source: str = "data",
     seed: int = 0,
     progress: bool = True,
+    resume: str | os.PathLike[str] | None = None,
 ) -> Calibration:
     """Fit the options of every site on three quarters of the images and score them on the others.
 
@@ -165,11 +161,14 @@ def calibrate_sites(
         source: where the images come from, for the report.
         seed: decides which images are held out.
         progress: show bars.
+        resume: a folder that holds what is done, from which an interrupted calibration continues.
 
     Raises:
         NonFiniteValue: an activation is NaN or Inf; names the site.
+        InvalidArgument: `resume` belongs to a calibration of other inputs.
     """
-    started = time.perf_counter()
+    levers = tuple(levers)
+    journal = Journal(resume, model, claims.sites, images, levers, seed)
     device = next(model.parameters()).device
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     held_out = max(2, min(64, len(images) // 4))
@@ -189,43 +188,61 @@ def calibrate_sites(
             for batch in replay.batches:
                 net.model(batch)
     measure = default_measure(model, replay.reference)
-    weights = {
-        site.path: _prefix_weight(net, replay, site, measure, seed)
-        for site, _ in track(chosen, "listen", progress)
-        if isinstance(site, FFNSite)
-    }
-    records = []
-    for group in _groups(chosen):
-        statistics = {
-            site.path: lever.statistics(site, net.nodes[site.path].host, weights.get(site.path, 1.0), ridge_factor)
-            for site, lever in group
-        }
-        with _listening(net, [site for site, _ in group], statistics), torch.no_grad():
-            for batch in track(torch.split(fitting, BATCH), "observe", progress):
-                net.model(batch.to(device))
-        for site, _ in track(group, "fit", progress):
-            records.append(statistics.pop(site.path).fit(net.nodes[site.path].host, costs))
-    by_path = {site.path: site for site in claims.sites}
-    jobs = [(record, option) for record in records for option in record.to_measure()]
-    scores: dict[str, dict[str, float]] = {record.site: {} for record in records}
-    for record, option in track(jobs, "score", progress):
-        site = by_path[record.site]
-        with net.pinned({site.path: net.branch(site, option)}):
-            output = replay.run(site.block)
-        scores[record.site][option.name] = min(_WORST, max(0.0, distance(replay.reference, output, measure)))
+    with journal:
+        for site, _ in track(chosen, "listen", progress):
+            if isinstance(site, FFNSite) and site.path not in journal.prefix_weights:
+                journal.prefix_weights[site.path] = _prefix_weight(net, replay, site, measure, seed)
+                journal.save_now_and_then()
+        fitted = _fit(net, chosen, costs, torch.split(fitting, BATCH), ridge_factor, journal, progress)
+        jobs = [(site, option) for site, _ in chosen for option in fitted[site.path].to_measure()]
+        for site, option in track(jobs, "score", progress):
+            scores = journal.scores.setdefault(site.path, {})
+            if option.name not in scores:
+                with net.pinned({site.path: net.branch(site, option)}):
+                    output = replay.run(site.block)
+                scores[option.name] = min(_WORST, max(0.0, distance(replay.reference, output, measure)))
+                journal.save_now_and_then()
     return Calibration(
         fingerprint=fingerprint(model),
         weights=weights_sha256(model),
         costs=costs,
-        records=[record.with_scores(scores[record.site]) for record in records],
+        records=[fitted[site.path].with_scores(journal.scores.get(site.path, {})) for site, _ in chosen],
         images=scoring,
         reference=replay.reference.cpu(),
         measure=measure,
         source=source,
         fitted=len(fitting),
-        seconds=time.perf_counter() - started,
+        seconds=journal.seconds,
         warnings=warnings,
     )
+
+
+def _fit(
+    net: Supernet,
+    chosen: list[tuple[Site, Lever]],
+    costs: CostModel,
+    batches: Iterable[Tensor],
+    ridge_factor: float,
+    journal: Journal,
+    progress: bool,
+) -> dict[str, Record]:
+    """{site path: its fitted options}, read where an earlier run has fitted them."""
+    device = next(net.model.parameters()).device
+    fitted = {site.path: record for site, _ in chosen if (record := journal.read(site, costs)) is not None}
+    for group in _groups([(site, lever) for site, lever in chosen if site.path not in fitted]):
+        statistics = {
+            site.path: lever.statistics(
+                site, net.nodes[site.path].host, journal.prefix_weights.get(site.path, 1.0), ridge_factor
+            )
+            for site, lever in group
+        }
+        with _listening(net, [site for site, _ in group], statistics), torch.no_grad():
+            for batch in track(batches, "observe", progress):
+                net.model(batch.to(device))
+        for site, _ in track(group, "fit", progress):
+            fitted[site.path] = statistics.pop(site.path).fit(net.nodes[site.path].host, costs)
+            journal.keep(fitted[site.path])
+    return fitted
 
 
 def _groups(chosen: list[tuple[Site, Lever]]) -> Iterator[list[tuple[Site, Lever]]]:
