@@ -9,22 +9,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import errors as errors, spvit as spvit
     from .adapters.base import Adapter as Adapter, find_sites as find_sites
     from .api import (
         Conversion as Conversion,
         calibrate as calibrate,
         choose as choose,
         convert as convert,
-        inspect as inspect,
         make_plan as make_plan,
     )
     from .cost import CostModel as CostModel, count_flops as count_flops
+    from .gate_search import Search as Search, prepare as prepare
+    from .gate_training import train_gates as train_gates
+    from .inspection import inspect as inspect
     from .laws import verify as verify
     from .layouts import Layout as Layout
     from .levers import FFN as FFN, Mixer as Mixer
     from .options import Option as Option
     from .plan import Plan as Plan
     from .search.calibrate import Calibration as Calibration
+    from .search.gates import Gates as Gates
     from .search.solve import solve as solve
     from .sites import AttentionSite as AttentionSite, Claims as Claims, FFNSite as FFNSite, observe as observe
     from .storage import load as load, read_plan as read_plan, save as save
@@ -45,8 +49,10 @@ _WHERE = {
     "FFNSite": "sites",
     "Layout": "layouts",
     "Mixer": "levers",
+    "Gates": "search.gates",
     "Option": "options",
     "Plan": "plan",
+    "Search": "gate_search",
     "apply": "transforms.apply",
     "calibrate": "api",
     "choose": "api",
@@ -54,23 +60,25 @@ _WHERE = {
     "count_flops": "cost",
     "distill": "train.distill",
     "find_sites": "adapters.base",
-    "inspect": "api",
+    "inspect": "inspection",
     "lift": "transforms.lift",
     "load": "storage",
     "make_plan": "api",
     "observe": "sites",
+    "prepare": "gate_search",
     "read_plan": "storage",
     "save": "storage",
     "solve": "search.solve",
+    "train_gates": "gate_training",
     "verify": "laws",
 }
-_ERRORS = "errors"
-__all__ = ["__version__", "errors", *sorted(_WHERE)]
+_MODULES = ("errors", "spvit")
+__all__ = ["__version__", *_MODULES, *sorted(_WHERE)]
 
 
 def __getattr__(name: str) -> Any:
-    if name == _ERRORS:
-        return importlib.import_module(".errors", __name__)
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)

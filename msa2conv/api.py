@@ -2,73 +2,37 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from .adapters.base import Adapter, find_sites
+from .adapters.base import Adapter
 from .adapters.build import preprocessing
 from .conversion import Conversion, Run, make_report, versions
-from .cost import CostModel
 from .data import EMBEDDED, embedded_photos, load_images
 from .errors import InvalidArgument
+from .gate_training import Loss, convert_by_gates
+from .inspection import Inspection, Levers, inspect, inspect_copy
 from .laws import verify
 from .levers import Lever, resolve_levers
-from .plan import Preprocessing, parameter_count, weights_sha256
+from .plan import Preprocessing, weights_sha256
 from .planning import choose, make_plan
-from .report.inspection import Inspection
 from .search.calibrate import Calibration, calibrate_sites
+from .search.gates import Gates
 from .search.measure import outputs
 from .search.solve import infeasible
-from .sites import observe
 from .targets import parse_target
 from .train.distill import distill
 from .transforms.apply import apply
-from .workbench import example_input, unwrap, working_copy
+from .workbench import example_input, own_randomness, unwrap, working_copy
 
-Levers = str | Lever | Iterable[str | Lever]
 CALIBRATION_IMAGES = 256
 
 
-def inspect(
-    model: nn.Module,
-    *,
-    example_inputs: Tensor | None = None,
-    levers: Levers = ("mixer", "ffn"),
-    adapters: Iterable[Adapter] | None = None,
-) -> Inspection:
-    """Show every attention found, its geometry, where the FLOPs are, and what budget can be reached. Changes nothing.
-
-    Args:
-        model: any module; timm's ViT family and Swin are known.
-        example_inputs: a float tensor [B, C, H, W]; by default noise of the size the model declares.
-        levers: what may change; decides the floor.
-        adapters: who looks for sites; the built-in ones by default.
-
-    Raises:
-        NoSitesFound: lists what was seen and why each candidate was refused.
-        InvalidInput: the model cannot run on the input.
-        NonFiniteValue: NaN or Inf in the weights.
-    """
-    work = working_copy(unwrap(model))
-    return _inspect(work, unwrap(model), example_input(work, example_inputs), resolve_levers(levers), adapters)
-
-
-def _inspect(
-    work: nn.Module, original: nn.Module, example: Tensor, levers: tuple[Lever, ...], adapters: Iterable[Adapter] | None
-) -> Inspection:
-    seen = observe(work, example)
-    claims = find_sites(work, seen, adapters)
-    costs = CostModel.measure(work, seen, claims.sites)
-    floor = costs.base
-    for site in claims.sites:
-        cheapest = [lever.cheapest(site, costs) for lever in levers if lever.applies(site)]
-        floor -= costs.hosts[site.path] - min([*cheapest, costs.hosts[site.path]])
-    return Inspection(_name(original), claims, costs, floor, tuple(example.shape[1:]), parameter_count(original))
-
-
+@own_randomness()
 def calibrate(
     model: nn.Module,
     data: Any = None,
@@ -79,6 +43,7 @@ def calibrate(
     adapters: Iterable[Adapter] | None = None,
     seed: int = 0,
     progress: bool = True,
+    resume: str | os.PathLike[str] | None = None,
 ) -> Calibration:
     """Fit every option of every site in closed form and measure what it costs in accuracy; needs no labels.
 
@@ -87,16 +52,23 @@ def calibrate(
         data: image batches, (images, ...) tuples, a Dataset or DataLoader, a tensor, or None for the shipped photos.
         images: how many to read at most.
         example_inputs, levers, adapters, seed, progress: as for `convert`.
+        resume: a folder for what is done so far (about the size of a saved Calibration). After Ctrl-C, a kill or a
+            power cut the same call (`data` in the same order) continues from it and gives the same result; delete it
+            when you are done.
 
     Returns:
         A Calibration, savable with `.save(path)`; pass it to `convert(..., calibration=...)`.
+
+    Raises:
+        InvalidArgument: `resume` holds the progress of another calibration; says what differs.
+        InvalidOutputPath: `resume` cannot be written.
     """
     original = unwrap(model)
     work = working_copy(original)
     chosen = resolve_levers(levers)
     example = example_input(work, example_inputs)
-    seen = _inspect(work, original, example, chosen, adapters)
-    calibration, _ = _calibrate(work, original, seen, data, images, chosen, seed, progress)
+    seen = inspect_copy(work, original, example, chosen, adapters)
+    calibration, _ = _calibrate(work, original, seen, data, images, chosen, seed, progress, resume)
     return calibration
 
 
@@ -109,10 +81,11 @@ def _calibrate(
     levers: tuple[Lever, ...],
     seed: int,
     progress: bool,
+    resume: str | os.PathLike[str] | None,
 ) -> tuple[Calibration, Tensor]:
     pictures, source = _images(original, data, limit, seen.input_size, seed)
     calibration = calibrate_sites(
-        work, seen.claims, seen.costs, pictures, levers, source=source, seed=seed, progress=progress
+        work, seen.claims, seen.costs, pictures, levers, source=source, seed=seed, progress=progress, resume=resume
     )
     calibration.weights = weights_sha256(original)
     return calibration, pictures
@@ -128,6 +101,7 @@ def _images(original: nn.Module, data: Any, limit: int, size: tuple[int, ...], s
     return load_images(pictures, limit, size), f"{EMBEDDED}, normalised {note}"
 
 
+@own_randomness()
 def convert(
     model: nn.Module,
     flops_target: float | str,
@@ -139,8 +113,14 @@ def convert(
     adapters: Iterable[Adapter] | None = None,
     images: int = CALIBRATION_IMAGES,
     distill_steps: int = 0,
+    search: Literal["calibrated", "gates"] | Gates = "calibrated",
+    epochs: int = 1,
+    loss: Loss | None = None,
+    lr: float = 1e-4,
+    gate_lr: float | None = None,
     seed: int = 0,
     progress: bool = True,
+    resume: str | os.PathLike[str] | None = None,
 ) -> Conversion:
     """Turn a trained ViT into a cheaper hybrid of attention, convolution and narrower FFNs, at an exact FLOPs budget.
 
@@ -161,8 +141,13 @@ def convert(
         adapters: who looks for sites.
         images: how many calibration images to read at most.
         distill_steps: optimiser steps of a label-free polish on the same images; 0 for none.
+        search: "calibrated": closed form, minutes, no training. "gates": the paper's learned, weight-shared gates,
+            trained for `epochs` on `data`, a DataLoader or list of batches; a `Gates(...)` configures it.
+        epochs, loss, lr, gate_lr: of a gate search (see `train_gates`): loss(output, labels), by default the KL to the
+            original, without labels.
         seed: decides held-out images and the polish.
         progress: show bars (never when standard error is not a terminal).
+        resume: a folder from which an interrupted calibration or gate search continues, as for `calibrate`.
 
     Returns:
         A Conversion with `.model`, `.plan`, `.report`, `.calibration` and `.save(path)`.
@@ -184,10 +169,15 @@ def convert(
     if not isinstance(images, int) or images < 8:
         raise InvalidArgument("images", repr(images), "at least 8", "256 is a good number.")
     parse_target(flops_target)  # malformed targets are refused before the model is even looked at
+    if search != "calibrated":
+        gates = _gates(search, calibration is not None or distill_steps > 0)
+        prepared = {"levers": levers, "example_inputs": example_inputs, "adapters": adapters}
+        training = {"loss": loss, "lr": lr, "gate_lr": gate_lr, "seed": seed, "resume": resume, "progress": progress}
+        return convert_by_gates(model, flops_target, data, gates, epochs=epochs, prepared=prepared, **training)
     chosen = resolve_levers(levers)
     work = working_copy(original)
     example = example_input(work, example_inputs)
-    seen = _inspect(work, original, example, chosen, adapters)
+    seen = inspect_copy(work, original, example, chosen, adapters)
     target = parse_target(flops_target, seen.costs.base)
     if calibration is None and target < seen.floor:  # of a given Calibration, `choose` knows the floor
         raise infeasible(target, seen.floor)
@@ -195,7 +185,7 @@ def convert(
     seconds: dict[str, float] = {}
     pictures: Tensor | None = None
     if calibration is None:
-        calibration, pictures = _calibrate(work, original, seen, data, images, chosen, seed, progress)
+        calibration, pictures = _calibrate(work, original, seen, data, images, chosen, seed, progress, resume)
         seconds["calibrate"] = calibration.seconds
     else:
         calibration.check_model(original)
@@ -229,16 +219,26 @@ def convert(
     return Conversion(final, plan, report, calibration)
 
 
+def _gates(search: Any, calibrated_only: bool) -> Gates:
+    if isinstance(search, str) and search == "gates":
+        search = Gates()
+    if not isinstance(search, Gates):
+        raise InvalidArgument(
+            "search", repr(search), "'calibrated', 'gates' or Gates(...)", "The first needs no training."
+        )
+    if calibrated_only:
+        raise InvalidArgument(
+            "search", "a gate search together with `calibration` or `distill_steps`", "one kind of search",
+            "Leave them out, or use search='calibrated'.",
+        )  # fmt: skip
+    return search
+
+
 def _cast(hybrid: nn.Module, original: nn.Module) -> dict[str, Tensor]:
     """The hybrid's values in the original's dtypes; parameters that were not fitted are the original's, bit for bit."""
     own = original.state_dict()
     dtype = next(original.parameters()).dtype
     return {name: value.to(own[name].dtype if name in own else dtype) for name, value in hybrid.state_dict().items()}
-
-
-def _name(model: nn.Module) -> str:
-    config = getattr(model, "pretrained_cfg", None) or {}
-    return str(config.get("architecture") or type(model).__name__)
 
 
 __all__ = ["Conversion", "calibrate", "choose", "convert", "inspect", "make_plan", "versions"]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +30,14 @@ class Conversion:
         model: the hybrid: a plain module of the original's class, in its dtype, device and training mode.
         plan: what was decided, as data; `print` it.
         report: the figures; `print` it.
-        calibration: reuse it for another budget: `convert(model, 0.5, calibration=result.calibration)`.
+        calibration: reuse it for another budget: `convert(model, 0.5, calibration=result.calibration)`; None after a
+            gate search, and where a checkpoint was read.
     """
 
     model: nn.Module
     plan: Plan
     report: Report
-    calibration: Calibration
+    calibration: Calibration | None
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the hybrid atomically.
@@ -117,6 +120,30 @@ def make_report(
         device=_device_name(run.device),
         laws=run.laws,
         warnings=[*calibration.warnings, *_hints(calibration, found)],
+    )
+
+
+def decided_report(plan: Plan, decided_by: str, laws: Mapping[str, float], **known: Any) -> Report:
+    """The figures of a hybrid that no Calibration decided.
+
+    Args:
+        plan: what was decided.
+        decided_by: by what, for people.
+        laws: what was verified.
+        known: further fields of Report.
+    """
+    device = known.pop("device", torch.device("cpu"))
+    return Report(
+        name=plan.base.name,
+        flops_before=plan.base.flops,
+        flops_after=plan.flops,
+        parameters_before=plan.base.parameters,
+        parameters_after=plan.parameters,
+        calibration=decided_by,
+        laws=dict(laws),
+        versions=versions(),
+        device=_device_name(device),
+        **{"target": plan.flops, "measure": "kl", "seconds": {}, **known},
     )
 
 

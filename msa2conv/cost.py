@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -218,5 +219,6 @@ def _one_unit_less(host: nn.Module, site: FFNSite) -> nn.Module:
     return narrowed.cpu()
 
 
+@cache  # blocks are alike
 def _mixer_flops(spec: MixerSpec, io: IO, shape: tuple[int, ...]) -> int:
     return 0 if spec.kind in ("skip", "identity") else flops_by_module(spec.build(io), torch.zeros(shape))[""]

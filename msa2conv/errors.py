@@ -46,6 +46,10 @@ class InvalidCalibrationData(Msa2ConvError, ValueError):
     """The calibration images are too few, malformed or inconsistent."""
 
 
+class SearchNotRun(Msa2ConvError, RuntimeError):
+    """A gate search is asked for its result before it has made a step."""
+
+
 class NonFiniteValue(Msa2ConvError, ValueError):
     """NaN or Inf in the weights, the activations or a loss."""
 

@@ -17,6 +17,7 @@ from .errors import LayoutMismatch, UnsupportedArgument
 from .layouts import Layout
 
 Width = Annotated[int, Field(ge=1, le=65536)]
+Path = Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$")]
 
 
 def _odd(kernel: int) -> int:
@@ -65,7 +66,13 @@ class AttendPrefix(_Spec):
     scale: float = Field(gt=0, allow_inf_nan=False)
 
 
-Prefix = Annotated[RidgePrefix | AttendPrefix, Field(discriminator="kind")]
+class PassPrefix(_Spec):
+    """Prefix tokens come out as they went in: what SPViT's convolutions do with the class token."""
+
+    kind: Literal["pass"] = "pass"
+
+
+Prefix = Annotated[RidgePrefix | AttendPrefix | PassPrefix, Field(discriminator="kind")]
 
 
 class Skip(_Spec):
@@ -111,11 +118,13 @@ class Global(_Spec):
 
 
 class Conv(_Spec):
-    """Bottleneck convolution C -> rank -> C on the whole map, plus (if `context`) the linear part of `Global`.
+    """Bottleneck convolution C -> rank -> C on the map, plus (if `context`) the linear part of `Global`.
 
     Args:
+        layout: how tokens lie on the map; a window as its grid makes a convolution inside every window.
         kernel: odd side of the first kernel; the second is 1x1.
-        rank: bottleneck width; equal to dim, it is one C -> C convolution.
+        rank: bottleneck width; equal to dim and linear, it is one C -> C convolution.
+        norm, act: between the two convolutions; without them they are linear.
         context: add a linear function of (prefix tokens, mean of the patches) to every position.
         prefix: how prefix tokens are computed; None where there are none.
     """
@@ -125,8 +134,15 @@ class Conv(_Spec):
     dim: Width
     kernel: Annotated[int, Field(ge=1, le=15), AfterValidator(_odd)]
     rank: Width
+    norm: Literal["batch"] | None = None
+    act: Literal["relu"] | None = None
     context: bool = False
     prefix: Prefix | None = None
+
+    @property
+    def bottleneck(self) -> bool:
+        """Whether there are two convolutions."""
+        return self.rank < self.dim or self.norm is not None or self.act is not None
 
     def build(self, io: IO) -> TokenMixer:
         return ConvMixer(self, io)
@@ -262,9 +278,16 @@ class PrefixAttention(nn.Module):
         return out
 
 
-def _prefix_module(prefix: RidgePrefix | AttendPrefix | None, layout: Layout, dim: int) -> nn.Module | None:
+class PrefixPass(nn.Module):
+    def forward(self, prefix_BPC: Tensor, mean_BC: Tensor | None, tokens_BNC: Tensor) -> Tensor:
+        return prefix_BPC
+
+
+def _prefix_module(prefix: Prefix | None, layout: Layout, dim: int) -> nn.Module | None:
     if not layout.prefix:
         return None
+    if isinstance(prefix, PassPrefix):
+        return PrefixPass()
     return PrefixAttention(prefix, dim) if isinstance(prefix, AttendPrefix) else PrefixRidge(layout.prefix, dim)
 
 
@@ -285,9 +308,10 @@ class _MapMixer(TokenMixer):
     def mix(self, x: Tensor) -> Tensor:
         prefix_BPC, map_BCHW = self.layout.to_map(x)
         out_BCHW = self.local(map_BCHW)
-        if self.context is not None or self.prefix is not None:
+        mean_BC = None
+        if self.context is not None or not isinstance(self.prefix, (PrefixPass, type(None))):
             mean_BC = map_BCHW.mean((2, 3))
-        if self.context is not None:
+        if self.context is not None and mean_BC is not None:
             seen_BI = torch.cat((prefix_BPC.flatten(1), mean_BC), 1) if self.layout.prefix else mean_BC
             out_BCHW = out_BCHW + self.context(seen_BI)[:, :, None, None]
         if self.prefix is not None:
@@ -307,11 +331,13 @@ class GlobalMixer(_MapMixer):
 class ConvMixer(_MapMixer):
     def __init__(self, spec: Conv, io: IO) -> None:
         super().__init__(spec, io)
-        bottleneck = spec.rank < spec.dim
-        inner = spec.rank if bottleneck else spec.dim
-        self.reduce = nn.Conv2d(spec.dim, inner, spec.kernel, padding=spec.kernel // 2, bias=not bottleneck)
-        self.expand = nn.Conv2d(inner, spec.dim, 1) if bottleneck else nn.Identity()
+        between = spec.norm is not None or spec.act is not None
+        bias = between or not spec.bottleneck  # two linear layers need only the second one's
+        self.reduce = nn.Conv2d(spec.dim, spec.rank, spec.kernel, padding=spec.kernel // 2, bias=bias)
+        self.norm = nn.BatchNorm2d(spec.rank) if spec.norm else nn.Identity()
+        self.act = nn.ReLU() if spec.act else nn.Identity()
+        self.expand = nn.Conv2d(spec.rank, spec.dim, 1) if spec.bottleneck else nn.Identity()
 
     def local(self, map_BCHW: Tensor) -> Tensor:
-        out: Tensor = self.expand(self.reduce(map_BCHW))
+        out: Tensor = self.expand(self.act(self.norm(self.reduce(map_BCHW))))
         return out

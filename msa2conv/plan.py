@@ -11,10 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor, nn
 
 from .errors import InvalidPlan, UnsupportedSchema
-from .ops import IO, MixerSpec
+from .kernels import SharedStart
+from .ops import IO, MixerSpec, Path
 
 SCHEMA_VERSION: Literal[1] = 1
-Path = Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$")]
 Range = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]]
 SYMBOLS = {"skip": "-", "identity": "=", "constant": "c", "global": "g", "attention": "M"}
 
@@ -24,12 +24,17 @@ class _Data(BaseModel):
 
 
 class Replace(_Data):
-    """Put the module built from `spec` in the place of the module at `path`."""
+    """Put the module built from `spec` in the place of the module at `path`.
+
+    Args:
+        start: where its parameters start when `apply` is given no tensors; None: PyTorch's default initialisation.
+    """
 
     kind: Literal["replace"] = "replace"
     path: Path
     spec: MixerSpec
     io: IO
+    start: SharedStart | None = None
 
 
 class Slice(_Data):

@@ -13,42 +13,32 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InvalidInput, NonFiniteValue
+from .kernels import Rows as Rows
 from .layouts import Layout
 from .ops import IO
-from .transforms.apply import submodule
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Names one projection inside a host: rows `start:stop` of the Linear at `path` (None: all of them)."""
-
-    path: str
-    start: int | None = None
-    stop: int | None = None
-
-    def read(self, host: nn.Module) -> tuple[Tensor, Tensor | None]:
-        """-> (weight [O, I], bias [O] or None), views of the host's current parameters."""
-        linear = submodule(host, self.path)
-        weight, bias = linear._parameters["weight"], linear._parameters["bias"]
-        assert weight is not None
-        return weight[self.start : self.stop], None if bias is None else bias[self.start : self.stop]
 
 
 @dataclass(frozen=True)
 class Projections:
-    """Where a host keeps W_q, W_k, W_v and W_o, for plain softmax attention of `heads` heads.
+    """Where a host keeps its weights, by heads.
 
-    An adapter states them only for hosts that compute softmax(scale q k^T) v and nothing else in between: no q/k-norm,
-    rotary or relative position, no gate. Calibration checks that numerically and does without where it is wrong.
+    v, out: W_v and W_o, which the kernels of a gate search are made from. q, k, scale: stated only for hosts that
+    compute softmax(scale q k^T) v and nothing else in between: no q/k-norm, rotary or relative position, no gate; then
+    prefix tokens can keep their attention. Calibration checks that numerically and does without where it is wrong.
     """
 
-    q: Rows
-    k: Rows
     v: Rows
     out: Rows
     heads: int
     head_dim: int
-    scale: float
+    q: Rows | None = None
+    k: Rows | None = None
+    scale: float | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether this states all of a plain softmax attention."""
+        return self.q is not None and self.k is not None and self.scale is not None
 
 
 @dataclass(frozen=True)
@@ -62,7 +52,7 @@ class AttentionSite:
         heads, head_dim: geometry, for default bottleneck widths.
         layout: how its tokens lie on the image.
         io: its calling convention.
-        projections: names of its weights, where prefix tokens may keep their attention.
+        projections: names of its weights; None where they are not kept by heads in Linear layers.
     """
 
     path: str

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import itertools
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import converted, images, same, snapshot, swin, vit
@@ -223,6 +225,23 @@ def test_the_same_seed_gives_the_same_hybrid() -> None:
 def test_the_global_random_state_does_not_matter() -> None:
     torch.manual_seed(99)
     assert equal(convert(vit(), 0.5, data=images()), converted())
+
+
+def test_the_global_random_state_is_left_alone() -> None:
+    def state() -> list[Any]:
+        return [torch.random.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
+
+    model, data = vit(), images()
+    before = state()
+    msa2conv.inspect(model)
+    assert state() == before
+    calibrate(model, data, levers="mixer")
+    assert state() == before
+    convert(model, 0.5, data=data, distill_steps=1)
+    assert state() == before
+    with pytest.raises(msa2conv.errors.InfeasibleBudget):
+        convert(model, 1e-3, data=data)
+    assert state() == before
 
 
 def test_a_second_budget_equals_a_fresh_conversion() -> None:

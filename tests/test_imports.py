@@ -18,6 +18,7 @@ RANKS = [
     ("errors", "progress"),
     ("layouts",),
     ("ops",),
+    ("kernels",),
     ("plan",),
     ("transforms.apply", "options", "targets"),
     ("storage",),
@@ -29,7 +30,9 @@ RANKS = [
     ("levers",),
     ("search", "train"),
     ("report", "verify", "laws", "evaluate", "planning"),
-    ("conversion",),
+    ("conversion", "inspection"),
+    ("gate_search", "gate_training"),
+    ("spvit",),
     ("api",),
     ("cli", "__main__"),
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import dataclasses
 import inspect
 import json
 import re
@@ -20,10 +21,26 @@ from typing import Any
 import pytest
 import torch
 from models import converted, files, images, snapshot, swin, vit
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 import msa2conv
-from msa2conv import FFN, Calibration, Mixer, apply, calibrate, convert, errors, load, storage, verify
+from msa2conv import (
+    FFN,
+    Calibration,
+    Gates,
+    Mixer,
+    Search,
+    apply,
+    calibrate,
+    convert,
+    errors,
+    load,
+    prepare,
+    storage,
+    train_gates,
+    verify,
+)
 from msa2conv.errors import (
     ArchitectureMismatch,
     ConflictingClaims,
@@ -40,6 +57,7 @@ from msa2conv.errors import (
     Msa2ConvError,
     NonFiniteValue,
     NoSitesFound,
+    SearchNotRun,
     UncountedOperator,
     UnsupportedArgument,
     UnsupportedSchema,
@@ -429,6 +447,245 @@ def test_loss_that_diverges(refused: Refused) -> None:
         msa2conv.distill(hybrid, model, images(), 3, lr=float("inf"))
 
 
+# ------------------------------------------------------------------------------------------------- a gate search
+
+
+def searching(steps: int = 2, **changes: Any) -> Search:
+    return prepare(vit(**changes), 0.7, steps=steps)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.5, "all"])
+def test_number_of_search_steps(refused: Refused, steps: Any) -> None:
+    model = vit()
+    with refused(
+        InvalidArgument, f"steps: found {steps!r}; expected None or an integer >= 1. Pass epochs * len(loader).", model
+    ):
+        prepare(model, 0.7, steps=steps)
+
+
+def test_targets_of_a_gate_search(refused: Refused) -> None:
+    model = vit()
+    for call in (prepare, lambda *given: convert(*given, data=[images(4)], search="gates")):
+        with refused(InvalidTarget, f"flops_target: found 0; expected {ACCEPTED}. {EXAMPLE}", model):
+            call(model, 0)
+        with refused(InvalidTarget, "flops_target: found '2G', which is 2 GFLOPs; expected less than …", model):
+            call(model, "2G")
+        with refused(InfeasibleBudget, "flops_target: found …, the floor of the allowed levers. Ask for more …", model):
+            call(model, 0.05)
+
+
+def test_nothing_that_a_gate_can_decide(refused: Refused) -> None:
+    from msa2conv.adapters.vit import VisionTransformerAdapter
+    from msa2conv.sites import AttentionSite, Claims
+
+    class Silent(VisionTransformerAdapter):
+        def claims(self, *args: Any) -> Claims:
+            sites = super().claims(*args).sites
+            return Claims.of(dataclasses.replace(s, projections=None) for s in sites if isinstance(s, AttentionSite))
+
+    model = vit()
+    text = (
+        "levers: found nothing that a gate can decide: no attention states its projections; expected 'mixer' or 'ffn'. "
+        "Give the adapter's AttentionSites their Projections, or use the calibrated search."
+    )
+    with refused(InvalidArgument, text, model):
+        prepare(model, 0.7, adapters=[Silent()])
+
+
+def test_search_that_is_finished_before_it_began(refused: Refused) -> None:
+    search = searching()
+    text = "Search.finish: found no step of the search: penalty() was never called; expected at least one. "
+    hint = "Train search.model with loss + search.penalty() first."
+    with refused(SearchNotRun, text + hint, search.original, search.model):
+        search.finish()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_thresholds_that_are_not_finite(refused: Refused, value: float) -> None:
+    search = searching()
+    search.penalty()
+    search.nodes["blocks.1.attn"].gate.theta.data[1] = value
+    text = (
+        "blocks.1.attn (gate): found NaN or Inf in its thresholds; expected finite numbers. "
+        "Lower the learning rates, and resume from the last saved state."
+    )
+    with refused(NonFiniteValue, text, search.original, search.model):
+        search.finish()
+
+
+def test_weights_that_a_search_has_broken(refused: Refused) -> None:
+    search = searching()
+    search.penalty()
+    search.model.blocks[1].mlp.fc1.weight.data[0, :2] = float("nan")
+    text = "blocks.1.mlp.fc1.weight: found 2 NaN or Inf values in the weights; expected finite numbers. …"
+    with refused(NonFiniteValue, text, search.original, search.model):
+        search.finish()
+
+
+def test_state_of_another_search(refused: Refused) -> None:
+    search, other = searching(), searching(depth=1)
+    text = (
+        "search state: found … tensors and target 816,193; expected the … tensors of this supernet and target …. "
+        "Prepare the search with the model and arguments it was saved with."
+    )
+    state = search.state_dict() | {"target": 816_193}
+    with refused(ArchitectureMismatch, text, search.model):
+        search.load_state_dict(state)
+    with refused(ArchitectureMismatch, text, other.model):
+        other.load_state_dict(state)
+
+
+def test_batch_that_leaves_nothing_to_normalise(refused: Refused) -> None:
+    search = searching(img_size=8)
+    text = (
+        "SharedSupernode, training: found a batch of one image with a single position; expected two values per channel "
+        "for BatchNorm. Train with larger batches (drop_last=True)."
+    )
+    with refused(InvalidInput, text, search.original):
+        search.model(images(1, 8))
+    assert search.model(images(2, 8)).shape == (2, 10) and search.model.eval()(images(1, 8)).shape == (1, 10)
+
+
+PAIRS = [(images(4), torch.arange(4))] * 2
+BATCHES_OF_A_SEARCH = "images [b, C, H, W], alone or with labels. Let the loader give (images, labels)."
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        ([], "data: found no batches; expected at least one. Check the dataset and drop_last."),
+        *(
+            (
+                data,
+                f"data: found a {type(data).__name__}; expected something with a length that can be iterated once per "
+                "epoch. Pass a DataLoader, or a list of (images, labels) batches.",
+            )
+            for data in (iter(PAIRS), images(8), 5)
+        ),
+        (["a"], f"data: found a batch that starts with str; expected {BATCHES_OF_A_SEARCH}"),
+        ([images(4)[0]], f"data: found … with a tensor of shape (3, 32, 32); expected {BATCHES_OF_A_SEARCH}"),
+        ([(3, images(4))], f"data: found a batch that starts with int; expected {BATCHES_OF_A_SEARCH}"),
+    ],
+    ids=["none", "an iterator", "a tensor", "a number", "text", "one image", "labels first"],
+)
+def test_unusable_training_images(refused: Refused, data: Any, text: str) -> None:
+    search = searching()
+    with refused(InvalidCalibrationData, text, search.original, search.model):
+        train_gates(search, data)
+    with refused(InvalidCalibrationData, text, search.original):
+        convert(search.original, 0.7, data=data, search="gates")
+
+
+def test_training_images_that_run_out(refused: Refused) -> None:
+    class Once(list[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            given, self[:] = self[:], [None] * 2
+            return iter([item for item in given if item])
+
+    search = searching()
+    text = (
+        "data, epoch 2: found 0 batches; expected 2, the length of the data. "
+        "Pass something that can be iterated more than once, such as a DataLoader."
+    )
+    with refused(InvalidCalibrationData, text, search.original):
+        train_gates(search, Once(PAIRS), epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (
+            {"data": None},
+            "data: found None; expected your training images: a DataLoader, or a list of batches. "
+            "A gate search trains; without your images use search='calibrated'.",
+        ),
+        ({"epochs": 0}, "epochs: found 0; expected an integer >= 1. Leave epochs out for its default."),
+        ({"epochs": 1.5}, "epochs: found 1.5; expected an integer >= 1. Leave epochs out for its default."),
+        *(
+            (
+                {"search": search},
+                f"search: found {search!r}; expected 'calibrated', 'gates' or Gates(...). The first needs no training.",
+            )
+            for search in ("gate", None, Gates)
+        ),
+        *(
+            (
+                more,
+                "search: found a gate search together with `calibration` or `distill_steps`; expected one kind of "
+                "search. Leave them out, or use search='calibrated'.",
+            )
+            for more in ({"distill_steps": 5}, {"calibration": "one"}, {"search": Gates(), "distill_steps": 1})
+        ),
+        (
+            {"data": [images(4)] * 2, "loss": nn.functional.cross_entropy},
+            "loss: found a loss for labels, and data without labels; expected (images, labels) batches. "
+            "Give labels, or leave `loss` out to imitate the original.",
+        ),
+    ],
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else value.split(":")[0],
+)
+def test_arguments_of_a_gate_search(refused: Refused, arguments: dict[str, Any], text: str) -> None:
+    model = vit()
+    with refused(InvalidArgument, text, model):
+        convert(model, 0.7, **{"search": "gates", "data": PAIRS, **arguments})
+
+
+def test_number_of_steps_between_saves(refused: Refused) -> None:
+    text = "save_every: found 0; expected an integer >= 1. Leave save_every out for its default."
+    with refused(InvalidArgument, text):
+        train_gates(searching(), PAIRS, save_every=0)
+
+
+def test_search_whose_loss_diverges(refused: Refused) -> None:
+    search = searching()
+    text = "search step 1: found a loss of nan; expected a finite loss. Lower lr; the state before this step is kept."
+    with refused(NonFiniteValue, text, search.original):
+        train_gates(search, PAIRS, lr=float("inf"))
+
+
+def test_progress_of_another_search(refused: Refused, tmp_path: Path) -> None:
+    train_gates(searching(), PAIRS, resume=tmp_path)
+    path, hint = tmp_path / "search.pt", "Pass the same model, data and arguments, or another folder."
+    for found, arguments, expected in (
+        ("seed 0", {"seed": 1}, "seed 1"),
+        ("lr 0.0001, gate_lr None", {"lr": 0.5, "gate_lr": 0.1}, "lr 0.5, gate_lr 0.1"),
+        ("steps 2, epochs 1", {"epochs": 2}, "steps 4, epochs 2"),
+    ):
+        with refused(ArchitectureMismatch, f"{path}: found a search with {found}; expected {expected}. {hint}"):
+            train_gates(searching(), PAIRS, resume=tmp_path, **arguments)
+    for other, found in (
+        (prepare(vit(), 0.7, gates=Gates(alpha=1)), "gates {}; expected gates {'alpha': 1.0}"),
+        (searching(num_classes=3), "model …; expected model …"),
+    ):
+        with refused(ArchitectureMismatch, f"{path}: found a search with {found}. {hint}", other.model):
+            train_gates(other, PAIRS, resume=tmp_path)
+    other = prepare(vit(), 0.8)
+    with refused(ArchitectureMismatch, "search state: found …; expected …. Prepare the search with …", other.model):
+        train_gates(other, PAIRS, resume=tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\1", "a list", "malicious"])
+def test_progress_that_cannot_be_read(refused: Refused, tmp_path: Path, content: Any) -> None:
+    path, search = tmp_path / "search.pt", searching()
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save([1, 2] if content == "a list" else {"done": Malicious(tmp_path / "ran")}, path)
+    text = f"{path}: found a file that is not a saved training state (…); expected one that msa2conv wrote. "
+    with refused(InvalidCheckpoint, text + "Delete it to start anew.", search.model):
+        train_gates(search, PAIRS, resume=tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_progress_that_cannot_be_written(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    text = (
+        f"{tmp_path}/file/search.pt: found …; expected a path where a file can be written. Choose another output path."
+    )
+    with refused(InvalidOutputPath, text):
+        train_gates(searching(), PAIRS, resume=tmp_path / "file")
+
+
 # ------------------------------------------------------------------------------- plans and calibrations of another
 
 
@@ -593,6 +850,8 @@ def edit(**fields: Any) -> Callable[[dict[str, Any]], None]:
 
 HUGE = {"kind": "constant", "layout": {"grid": [4, 4], "prefix": 1}, "dim": 65536}
 FORWARD = {"kind": "set", "path": "blocks.0", "name": "forward", "value": 1}
+MIXER = {"kind": "conv", "layout": {"grid": [4, 4], "prefix": 1}, "dim": 48, "kernel": 3, "rank": 16, "norm": "batch"}
+START = {"kind": "replace", "path": "blocks.0.attn", "spec": MIXER, "io": {}}
 TWICE = {"kind": "slice", "path": "blocks.0.norm1.bias", "dim": 0}
 
 
@@ -638,6 +897,23 @@ TWICE = {"kind": "slice", "path": "blocks.0.norm1.bias", "dim": 0}
             edit(kind="set", path="blocks.0", name="training", value=1),
             "blocks.0.training",
             f"int for bool; expected an existing int, float or tuple attribute and a value …. {PLAN_HINT}",
+        ),
+        *(
+            (
+                edit(**START, start={"v": {"path": v}, "out": {"path": "proj"}, "heads": 3}),
+                f"blocks.0.attn{where}",
+                f"{found}. {PLAN_HINT}",
+            )
+            for v, where, found in (
+                ("v", ".v", "no submodule 'v' in …; expected an existing module"),
+                ("q_norm", ".q_norm", "a Identity; expected a Linear layer"),
+                (
+                    "qkv",
+                    "",
+                    "a start from weights of shape (144, 48) and (48, 48) in 3 heads; expected a convolution with a "
+                    "norm, of side 1 or 3 and as wide as one head of them",
+                ),
+            )
         ),
         (edit(**FORWARD), "blocks.0.forward", f"int for a missing attribute; expected an existing …. {PLAN_HINT}"),
         (edit(kind="call", path="head"), None, f"input tag 'call' …'set' at edits.…; expected {DAMAGED_PLAN}"),
@@ -724,6 +1000,19 @@ def test_output_paths_that_cannot_be_written(refused: Refused, tmp_path: Path) -
         result.save(folder)
     with refused(InvalidOutputPath, f"{folder}: found {folder} is a folder; {text}"):
         result.calibration.save(folder)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_full_disk(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def full(tensors: Any, path: Path, metadata: Any) -> None:
+        path.write_bytes(b"half a file")
+        raise error
+
+    monkeypatch.setattr(storage, "save_file", full)
+    path, text = tmp_path / "hybrid.safetensors", "found a file that could not be written whole (…space left on device)"
+    hint = "expected a disk with room for it. Free some space, or choose another output path."
+    with refused(InvalidOutputPath, f"{path}: {text}; {hint}"):
+        converted().save(path)
 
 
 # ------------------------------------------------------------------------------------------------ hybrids that are run

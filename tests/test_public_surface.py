@@ -19,10 +19,12 @@ NAMES = [
     "CostModel",
     "FFN",
     "FFNSite",
+    "Gates",
     "Layout",
     "Mixer",
     "Option",
     "Plan",
+    "Search",
     "__version__",
     "apply",
     "calibrate",
@@ -37,12 +39,15 @@ NAMES = [
     "load",
     "make_plan",
     "observe",
+    "prepare",
     "read_plan",
     "save",
     "solve",
+    "spvit",
+    "train_gates",
     "verify",
 ]
-OBJECTS = [name for name in NAMES if name not in ("__version__", "errors")]
+OBJECTS = [name for name in NAMES if name not in ("__version__", "errors", "spvit")]
 
 
 def test_the_names() -> None:

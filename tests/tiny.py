@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from msa2conv.layouts import Layout
 from msa2conv.ops import IO
-from msa2conv.sites import AttentionSite, Claims, FFNSite, Observation
+from msa2conv.sites import AttentionSite, Claims, FFNSite, Observation, Projections, Rows
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 3, "num_classes": 10}
 SWIN = {"patch_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (3, 6), "window_size": 7, "num_classes": 10}
@@ -108,7 +108,9 @@ class GridAdapter:
                 _, height, width, dim = call.out
                 layout = Layout(pattern="b h w c", grid=(height, width))
                 io = IO(returns="tuple", x="hidden", absent=("mask",))
-                found.append(AttentionSite(path, block, dim, module.heads, dim // module.heads, layout, io))
+                v, head_dim = Rows("project", 2 * dim, 3 * dim), dim // module.heads
+                named = Projections(v=v, out=Rows("merge"), heads=module.heads, head_dim=head_dim)
+                found.append(AttentionSite(path, block, dim, module.heads, head_dim, layout, io, named))
             elif isinstance(module, GridMlp) and call is not None:
                 layout = Layout(pattern="b h w c", grid=call.x[1:3])
                 units = (("up.weight", 0), ("up.bias", 0), ("down.weight", 1))

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..layouts import Layout
 from ..ops import IO
-from ..sites import AttentionSite, Claims, Observation, Refusal, Site
+from ..sites import AttentionSite, Claims, Observation, Projections, Refusal, Rows, Site
 from ..transforms.apply import submodule
 from .ffn import claim_ffn
 from .paths import block_of
@@ -52,4 +52,6 @@ def _attention(module: Any, path: str, block: Any, seen: Observation) -> Attenti
     )
     heads = int(module.num_heads)
     head_dim = int(module.qkv.out_features) // (3 * heads)
-    return AttentionSite(path, block_of(path), dim, heads, head_dim, layout, SWIN_IO)
+    inner = heads * head_dim
+    projections = Projections(v=Rows("qkv", 2 * inner, 3 * inner), out=Rows("proj"), heads=heads, head_dim=head_dim)
+    return AttentionSite(path, block_of(path), dim, heads, head_dim, layout, SWIN_IO, projections)

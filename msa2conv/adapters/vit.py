@@ -59,19 +59,19 @@ def _attention(module: Any, path: str, layout: Layout, seen: Observation) -> Att
         return Refusal(path, type(module).__name__, reason)
     heads, head_dim = int(module.num_heads), int(module.head_dim)
     inner = heads * head_dim
+    norms = [getattr(module, name, None) for name in ("q_norm", "k_norm", "norm")]
+    plain = getattr(module, "gate", None) is None and all(isinstance(n, (nn.Identity, type(None))) for n in norms)
     projections = Projections(
-        q=Rows("qkv", 0, inner),
-        k=Rows("qkv", inner, 2 * inner),
         v=Rows("qkv", 2 * inner, 3 * inner),
         out=Rows("proj"),
         heads=heads,
         head_dim=head_dim,
-        scale=float(module.scale),
+        q=Rows("qkv", 0, inner) if plain else None,
+        k=Rows("qkv", inner, 2 * inner) if plain else None,
+        scale=float(module.scale) if plain else None,
     )
-    norms = [getattr(module, name, None) for name in ("q_norm", "k_norm", "norm")]
-    plain = getattr(module, "gate", None) is None and all(isinstance(n, (nn.Identity, type(None))) for n in norms)
     dim = int(module.qkv.in_features)
-    return AttentionSite(path, block_of(path), dim, heads, head_dim, layout, VIT_IO, projections if plain else None)
+    return AttentionSite(path, block_of(path), dim, heads, head_dim, layout, VIT_IO, projections)
 
 
 def _reason_to_refuse(path: str, layout: Layout, seen: Observation) -> str | None:

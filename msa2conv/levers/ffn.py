@@ -33,6 +33,7 @@ class FFN(BaseModel):
         round_to: widths are multiples of it.
         min_keep: smallest fraction of hidden units kept.
         ridge: strength of the ridge, relative to the mean variance of a hidden unit.
+        weigh_prefix: count a prefix token by how much the output listens to it; False counts it as one patch.
 
     Example:
         convert(model, 0.7, levers=("mixer", FFN(round_to=32, min_keep=0.25)))
@@ -44,6 +45,7 @@ class FFN(BaseModel):
     round_to: int = Field(default=8, ge=1)
     min_keep: float = Field(default=0.1, gt=0, le=1)
     ridge: float = Field(default=1e-3, gt=0)
+    weigh_prefix: bool = True
 
     def applies(self, site: Site) -> bool:
         return isinstance(site, FFNSite)
@@ -68,7 +70,8 @@ class FFN(BaseModel):
 
     def statistics(self, site: Site, host: nn.Module, prefix_weight: float, ridge_factor: float) -> FFNStatistics:
         assert isinstance(site, FFNSite)
-        return FFNStatistics(self.model_copy(update={"ridge": self.ridge * ridge_factor}), site, prefix_weight)
+        lever = self.model_copy(update={"ridge": self.ridge * ridge_factor})
+        return FFNStatistics(lever, site, prefix_weight if self.weigh_prefix else 1.0)
 
 
 class FFNStatistics:

@@ -68,7 +68,7 @@ class Mixer(BaseModel):
     def cheapest(self, site: Site, costs: CostModel) -> int:
         assert isinstance(site, AttentionSite)
         # what calibration will offer at most: the dearer of the two prefixes, with context
-        prefixes = [None, _attend(site)] if self.prefix == "attend" and site.projections else [None]
+        prefixes = [None, _attend(site)] if self.prefix == "attend" and _is_plain(site) else [None]
         flops = [max(costs.mixer(site, self.spec(op, site, prefix)) for prefix in prefixes) for op in self.ops]
         return min([*flops, costs.hosts[site.path]])
 
@@ -160,13 +160,11 @@ class MixerStatistics:
         return MixerRecord(self.site, costs.hosts[self.site.path], tuple(candidates))
 
     def _prefix_spec(self) -> Prefix | None:
-        plan, site = self.site.projections, self.site
-        if not site.layout.prefix:
+        if not self.site.layout.prefix:
             return None
-        if plan is None or self.attention is None or self.attention_error > 1e-4:
+        if self.attention is None or self.attention_error > 1e-4:
             return RidgePrefix()  # the host does more than plain softmax attention
-        bias = self.attention.q.bias is not None
-        return AttendPrefix(heads=plan.heads, head_dim=plan.head_dim, bias=bias, scale=plan.scale)
+        return _attend(self.site, bias=self.attention.q.bias is not None)
 
     def _fit(self, op: str, prefix: Prefix | None) -> tuple[MixerSpec, dict[str, Tensor]]:
         if op == "skip":
@@ -254,21 +252,25 @@ class MixerStatistics:
         return spec, {name: value.detach().float().cpu().contiguous() for name, value in tensors.items()}
 
 
-def _attend(site: AttentionSite) -> AttendPrefix:
+def _is_plain(site: AttentionSite) -> bool:
+    return site.projections is not None and site.projections.plain
+
+
+def _attend(site: AttentionSite, bias: bool = True) -> AttendPrefix:
     named = site.projections
-    assert named is not None
-    return AttendPrefix(heads=named.heads, head_dim=named.head_dim, scale=named.scale)
+    assert named is not None and named.scale is not None
+    return AttendPrefix(heads=named.heads, head_dim=named.head_dim, bias=bias, scale=named.scale)
 
 
 def _prefix_attention(site: AttentionSite, host: nn.Module) -> PrefixAttention | None:
-    """The host's projections in a PrefixAttention, or None where the site names none."""
+    """The host's projections in a PrefixAttention, or None where the site does not name all of them."""
     named = site.projections
-    if named is None or not site.layout.prefix:
+    if named is None or named.q is None or named.k is None or named.scale is None or not site.layout.prefix:
         return None
     (q, q_bias), (k, _), (v, v_bias), (out, out_bias) = (
         rows.read(host) for rows in (named.q, named.k, named.v, named.out)
     )
-    spec = AttendPrefix(heads=named.heads, head_dim=named.head_dim, bias=q_bias is not None, scale=named.scale)
+    spec = _attend(site, bias=q_bias is not None)
     attention = PrefixAttention(spec, site.dim)
     zero = torch.zeros(site.dim)
     values = {

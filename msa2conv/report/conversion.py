@@ -12,14 +12,14 @@ class Report(BaseModel):
     flops_before, flops_after, target: multiply-adds of one forward pass at batch 1.
     parameters_before, parameters_after: number of parameters.
     measure: "kl" (nats, of the logits) or "relative" (squared error of the features over their square).
-    distance: the hybrid's distance to the original on held-out calibration images, before any polish.
+    distance: the hybrid's distance to the original on held-out images, before any polish; None if none were given.
     distance_polished: the same after `distill_steps`, None without.
     agreement: share of held-out images on which both predict the same class, None without logits.
-    predicted: sum of single-site scores; far below `distance` means that sites interact.
+    predicted: sum of single-site scores; far below `distance` means that sites interact. None without scores.
     candidates: distance of every plan that was compared.
     price: which of them was taken.
-    calibration: what the images were.
-    images: {"fit": n, "held out": n}.
+    calibration: what decided: the images, or the search.
+    images: {"fit": n, "held out": n}; empty for a gate search.
     distill_steps, seed: arguments.
     seconds: {"calibrate": ..., "solve": ..., "distill": ...}, of this machine.
     versions: of the packages used.
@@ -37,16 +37,16 @@ class Report(BaseModel):
     parameters_before: int
     parameters_after: int
     measure: str
-    distance: float
+    distance: float | None = None
     distance_polished: float | None = None
     agreement: float | None = None
-    predicted: float
-    candidates: dict[str, float]
-    price: str
+    predicted: float | None = None
+    candidates: dict[str, float] = {}
+    price: str = ""
     calibration: str
-    images: dict[str, int]
+    images: dict[str, int] = {}
     distill_steps: int = 0
-    seed: int
+    seed: int | None = None
     seconds: dict[str, float]
     versions: dict[str, str]
     device: str
@@ -64,8 +64,9 @@ class Report(BaseModel):
                 f"{self.parameters_after / 1e6:.2f}",
                 f"{self.parameters_after / self.parameters_before:.1%}",
             ),
-            (f"{unit}, held out", "0", f"{self.distance:.4f}", ""),
         ]
+        if self.distance is not None:
+            rows.append((f"{unit}, held out", "0", f"{self.distance:.4f}", ""))
         if self.distance_polished is not None:
             rows.append(
                 (f"... after {self.distill_steps} distillation steps", "0", f"{self.distance_polished:.4f}", "")
@@ -75,9 +76,11 @@ class Report(BaseModel):
         lines = [f"{'':<44}{'before':>10}{'after':>10}{'ratio':>9}"]
         lines += [f"{name:<44}{old:>10}{new:>10}{ratio:>9}" for name, old, new, ratio in rows]
         lines.append(f"budget {self.target / 1e9:.3f} GFLOPs, {after / self.target:.2%} used")
-        lines.append(
-            f"calibrated on {self.calibration}: {self.images['fit']} to fit, {self.images['held out']} held out"
-        )
+        if self.images:
+            used = f"{self.images['fit']} to fit, {self.images['held out']} held out"
+            lines.append(f"calibrated on {self.calibration}: {used}")
+        else:
+            lines.append(f"decided by {self.calibration}")
         lines += [f"warning: {text}" for text in self.warnings]
         return "\n".join(lines)
 
@@ -88,12 +91,13 @@ def model_card(plan: Plan, report: Report) -> str:
     base = f'timm.create_model("{builder.name}", **{dict(builder.kwargs)})' if builder else plan.base.model_class
     code = "hybrid = msa2conv.load(path)" if builder else f"hybrid = msa2conv.load(path, model)  # model: {base}"
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    seed = "" if report.seed is None else f"Seed {report.seed}; "
     return (
         f"# {plan.base.name}, {report.flops_after / report.flops_before:.1%} of its FLOPs\n\n"
         f"Made by msa2conv from `{base}`.\n\n"
         f"```python\nimport msa2conv\n{code}\n```\n\n"
         f"```\n{plan}\n```\n\n```\n{report}\n```\n\n"
-        f"Seed {report.seed}; {versions}; {report.device}. Source weights sha256 `{plan.base.weights_sha256}`.\n"
-        "The figures compare the hybrid with the original on unlabelled calibration images; measure accuracy on your "
+        f"{seed}{versions}; {report.device}. Source weights sha256 `{plan.base.weights_sha256}`.\n"
+        "Distances compare the hybrid with the original on unlabelled images; measure accuracy on your "
         "own test set with `msa2conv eval`.\n"
     )

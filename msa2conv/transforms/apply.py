@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArchitectureMismatch, InvalidPlan
+from ..kernels import SharedStart
+from ..ops import Conv
 from ..plan import Edit, Plan, Replace, SetAttr, Slice, fingerprint
 
 _HINT = "Apply a Plan only to the model it was made for; do not edit Plans by hand."
@@ -22,8 +24,8 @@ def apply(plan: Plan, model: nn.Module, tensors: Mapping[str, Tensor] | None = N
         plan: what to do.
         model: the original (its weights are used where `tensors` has none).
         tensors: {state-dict name in the hybrid: values}: the fitted parameters, or a whole state dict. Without them new
-            mixers start from PyTorch's default initialisation under the current random state and kept weights are
-            the original's.
+            mixers start as their edit says (from the host's own weights, or PyTorch's default initialisation under the
+            current random state) and kept weights are the original's.
 
     Returns:
         A new module of the model's own class, on its device, in its dtype and training mode.
@@ -118,6 +120,8 @@ def _check(model: nn.Module, edit: Edit, path: str) -> None:
         size, limit = _numel(new), _LARGEST_GROWTH * max(_numel(old), 4096)
         if size > limit:
             raise InvalidPlan(edit.path, f"a mixer of {size:,} parameters", f"at most {limit:,} here", _HINT)
+        if edit.start is not None:
+            _check_start(model, path, edit, edit.start)
     elif isinstance(edit, Slice):
         owner, parameter = _parameter(model, path)
         if edit.dim >= parameter.ndim or edit.kept[-1][1] > parameter.shape[edit.dim]:
@@ -131,6 +135,24 @@ def _check(model: nn.Module, edit: Edit, path: str) -> None:
             raise InvalidPlan(edit.path, f"a parameter of {type(owner).__name__}", "Linear or LayerNorm", _HINT)
     else:
         _check_attribute(submodule(model, path), edit)
+
+
+def _check_start(model: nn.Module, path: str, edit: Replace, start: SharedStart) -> None:
+    shapes = []
+    for rows in (start.v, start.out):
+        linear = submodule(model, f"{path}.{rows.path}".lstrip("."))
+        if not isinstance(linear, nn.Linear):
+            raise InvalidPlan(f"{edit.path}.{rows.path}", f"a {type(linear).__name__}", "a Linear layer", _HINT)
+        shapes.append(tuple(rows.read(submodule(model, path))[0].shape))
+    spec = edit.spec
+    if isinstance(spec, Conv) and spec.norm and spec.kernel in (1, 3):
+        inner = start.heads * spec.rank
+        if shapes == [(inner, spec.dim), (spec.dim, inner)]:
+            return
+    raise InvalidPlan(
+        edit.path, f"a start from weights of shape {shapes[0]} and {shapes[1]} in {start.heads} heads",
+        "a convolution with a norm, of side 1 or 3 and as wide as one head of them", _HINT,
+    )  # fmt: skip
 
 
 def _check_attribute(owner: nn.Module, edit: SetAttr) -> None:
@@ -164,6 +186,8 @@ def _replace(model: nn.Module, path: str, edit: Replace) -> None:
     like = next(old.parameters(), None)
     if like is not None:
         new = new.to(device=like.device, dtype=like.dtype)
+    if edit.start is not None and isinstance(edit.spec, Conv):
+        load_tensors(new, {name: value.detach() for name, value in edit.start.tensors(old, edit.spec.kernel).items()})
     replace_submodule(model, path, new.train(old.training))
 
 

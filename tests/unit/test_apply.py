@@ -12,8 +12,9 @@ from pydantic import ValidationError
 
 import msa2conv
 from msa2conv.errors import ArchitectureMismatch, InvalidPlan
+from msa2conv.kernels import Rows, SharedStart
 from msa2conv.layouts import Layout
-from msa2conv.ops import IO, AttendPrefix, Constant, Conv, Global, Identity, RidgePrefix, Skip
+from msa2conv.ops import IO, AttendPrefix, Constant, Conv, Global, Identity, PassPrefix, RidgePrefix, Skip
 from msa2conv.plan import Edit, Replace, SetAttr, Slice
 from msa2conv.transforms.apply import apply_edits, load_tensors, relative
 
@@ -28,6 +29,15 @@ def replace(path: str, spec: Any) -> Replace:
 def huge_attention() -> Global:
     attend = AttendPrefix(heads=65536, head_dim=65536, scale=1.0)
     return Global(layout=LAYOUT, dim=65536, prefix=attend)
+
+
+def shared(spec: dict[str, Any] | Skip | None = None, **start: Any) -> Replace:
+    """A convolution that starts from the host's own W_v and W_o; fits unless something is changed."""
+    known: dict[str, Any] = {"v": Rows("qkv", 96, 144), "out": Rows("proj"), "heads": 3}
+    if not isinstance(spec, Skip):
+        between: dict[str, Any] = {"norm": "batch", "act": "relu", "prefix": PassPrefix()}
+        spec = Conv(**{"layout": LAYOUT, "dim": 48, "kernel": 3, "rank": 16, **between, **(spec or {})})
+    return Replace(path="blocks.0.attn", spec=spec, io=GOOD.io, start=SharedStart(**(known | start)))
 
 
 HOSTILE: dict[str, Edit] = {
@@ -54,6 +64,18 @@ HOSTILE: dict[str, Edit] = {
     "a submodule as attribute": SetAttr(path="blocks.0.attn", name="qkv", value=1),
     "a parameter as attribute": SetAttr(path="blocks.0.attn.qkv", name="weight", value=1),
     "another type": SetAttr(path="blocks.0.attn", name="num_heads", value=1.5),
+    "a start from nowhere": shared(v=Rows("value")),
+    "a start from no layer": shared(out=Rows("q_norm")),
+    "a start from a method": shared(v=Rows("forward")),
+    "a start from other rows": shared(v=Rows("qkv", 96, 143)),
+    "a start from rows that are not there": shared(v=Rows("qkv", 144)),
+    "a start from all rows": shared(v=Rows("qkv")),
+    "a start from W_v for W_o": shared(out=Rows("qkv", 0, 96)),
+    "a start of other heads": shared(heads=4),
+    "a start of another rank": shared({"rank": 24}),
+    "a start of two linear layers": shared({"norm": None, "act": None}),
+    "a start of a 5x5": shared({"kernel": 5}),
+    "a start of nothing": shared(Skip()),
 }
 
 
@@ -140,6 +162,25 @@ def test_a_replacement_takes_dtype_and_mode_from_its_host(vit: Case) -> None:
     hybrid = msa2conv.apply(vit.result.plan, model)
     assert {parameter.dtype for parameter in hybrid.parameters()} == {torch.float64}
     assert not hybrid.blocks[1].attn.training and hybrid.blocks[0].mlp.training
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_shared_start_is_made_of_the_hosts_own_weights(vit: Case, kernel: int) -> None:
+    """Whatever the random state; tensors given take precedence; the norm starts afresh."""
+    edit = shared({"kernel": kernel})
+    plan = vit.result.plan.model_copy(update={"edits": (edit,)})
+    plan = msa2conv.Plan.from_json(plan.model_dump_json())
+    assert plan.edits == (edit,) and edit.start is not None
+    model = tiny.build("vit", seed=3).double()
+    expected = edit.start.tensors(model.blocks[0].attn, kernel)
+    state = msa2conv.apply(plan, model).blocks[0].attn.state_dict()
+    for name, value in expected.items():
+        assert state[name].dtype == torch.float64 and torch.equal(state[name], value)
+    assert bool((state["norm.weight"] == 1).all()) and not state["norm.running_mean"].any()
+    assert len(state) == len(expected) + 5
+    given = {"blocks.0.attn.expand.bias": torch.ones(48)}
+    state = msa2conv.apply(plan, model, given).blocks[0].attn.state_dict()
+    assert bool((state["expand.bias"] == 1).all()) and torch.equal(state["reduce.weight"], expected["reduce.weight"])
 
 
 def test_a_plan_for_another_architecture_is_refused(vit: Case) -> None:

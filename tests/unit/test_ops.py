@@ -19,6 +19,7 @@ from msa2conv.ops import (
     Global,
     Identity,
     MixerSpec,
+    PassPrefix,
     PrefixAttention,
     RidgePrefix,
     Skip,
@@ -39,6 +40,8 @@ SPECS = [
     Conv(layout=VIT, dim=DIM, kernel=3, rank=2, context=True, prefix=ATTEND),
     Conv(layout=VIT, dim=DIM, kernel=5, rank=DIM, prefix=RidgePrefix()),
     Conv(layout=SWIN, dim=DIM, kernel=1, rank=3, context=True),
+    Conv(layout=VIT, dim=DIM, kernel=3, rank=DIM, norm="batch", act="relu", prefix=PassPrefix()),
+    Conv(layout=SWIN, dim=DIM, kernel=1, rank=3, act="relu"),
 ]
 
 
@@ -109,6 +112,33 @@ def test_a_convolution_runs_on_the_whole_map(layout: Layout, kernel: int, rank: 
     torch.testing.assert_close(layout.to_map(mixer(x))[1], expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("layout", "kernel", "rank"), [(VIT, 3, 2), (SWIN, 1, 2), (SWIN, 3, DIM)])
+def test_a_norm_and_an_activation_stand_between_two_convolutions(
+    layout: Layout, kernel: int, rank: int, training: bool
+) -> None:
+    """Even where the bottleneck is as wide as the map."""
+    prefix = PassPrefix() if layout.prefix else None
+    spec = Conv(layout=layout, dim=DIM, kernel=kernel, rank=rank, norm="batch", act="relu", prefix=prefix)
+    mixer, x = randomised(spec.build(PLAIN)).train(training), tokens_for(layout)
+    mixer.norm.running_mean.normal_(), mixer.norm.running_var.uniform_(0.5, 2)
+    hidden = slow_convolution(layout.to_map(x)[1], mixer.reduce.weight) + mixer.reduce.bias[:, None, None]
+    mean, var = mixer.norm.running_mean, mixer.norm.running_var
+    if training:
+        mean, var = hidden.mean((0, 2, 3)), hidden.var((0, 2, 3), correction=0)
+    scale = mixer.norm.weight / (var + 1e-5).sqrt()
+    hidden = ((hidden - mean[:, None, None]) * scale[:, None, None] + mixer.norm.bias[:, None, None]).clamp_min(0)
+    expected = slow_convolution(hidden, mixer.expand.weight) + mixer.expand.bias[:, None, None]
+    torch.testing.assert_close(layout.to_map(mixer(x))[1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_prefix_tokens_may_pass() -> None:
+    spec = Conv(layout=VIT, dim=DIM, kernel=3, rank=2, norm="batch", act="relu", prefix=PassPrefix())
+    mixer, x = randomised(spec.build(PLAIN)), tokens_for(VIT)
+    assert torch.equal(mixer(x)[:, : VIT.prefix], x[:, : VIT.prefix]) and not torch.equal(mixer(x), x)
+    assert not list(mixer.prefix.parameters())
+
+
 def test_context_adds_a_linear_function_of_prefix_and_mean_everywhere() -> None:
     mixer = randomised(Global(layout=VIT, dim=DIM, prefix=RidgePrefix()).build(PLAIN))
     x = tokens_for(VIT)
@@ -163,6 +193,9 @@ def test_every_spec_round_trips_and_builds_what_keeps_shape_and_dtype(spec: Mixe
         {"kind": "conv", "dim": 10**9},
         {"kind": "lambda"},
         {"kind": "conv", "code": "print()"},
+        {"kind": "conv", "norm": "layer"},
+        {"kind": "conv", "act": "gelu"},
+        {"kind": "conv", "prefix": {"kind": "pass", "heads": 2}},
         {"kind": "conv", "prefix": {"kind": "attend", "heads": 2, "head_dim": 3, "scale": float("nan")}},
     ],
     ids=str,

@@ -1,0 +1,64 @@
+"""Look at a model: what could be changed, and what budgets can be reached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from .adapters.base import Adapter, find_sites
+from .cost import CostModel
+from .levers import Lever, resolve_levers
+from .plan import parameter_count
+from .report.inspection import Inspection
+from .sites import observe
+from .workbench import example_input, own_randomness, unwrap, working_copy
+
+Levers = str | Lever | Iterable[str | Lever]
+
+
+@own_randomness()
+def inspect(
+    model: nn.Module,
+    *,
+    example_inputs: Tensor | None = None,
+    levers: Levers = ("mixer", "ffn"),
+    adapters: Iterable[Adapter] | None = None,
+) -> Inspection:
+    """Show every attention found, its geometry, where the FLOPs are, and what budget can be reached. Changes nothing.
+
+    Args:
+        model: any module; timm's ViT family and Swin are known.
+        example_inputs: a float tensor [B, C, H, W]; by default noise of the size the model declares.
+        levers: what may change; decides the floor.
+        adapters: who looks for sites; the built-in ones by default.
+
+    Raises:
+        NoSitesFound: lists what was seen and why each candidate was refused.
+        InvalidInput: the model cannot run on the input.
+        NonFiniteValue: NaN or Inf in the weights.
+    """
+    work = working_copy(unwrap(model))
+    return inspect_copy(work, unwrap(model), example_input(work, example_inputs), resolve_levers(levers), adapters)
+
+
+def inspect_copy(
+    work: nn.Module, original: nn.Module, example: Tensor, levers: tuple[Lever, ...], adapters: Iterable[Adapter] | None
+) -> Inspection:
+    """`inspect` on a working copy that the caller has made."""
+    seen = observe(work, example)
+    claims = find_sites(work, seen, adapters)
+    costs = CostModel.measure(work, seen, claims.sites)
+    floor = costs.base
+    for site in claims.sites:
+        cheapest = [lever.cheapest(site, costs) for lever in levers if lever.applies(site)]
+        floor -= costs.hosts[site.path] - min([*cheapest, costs.hosts[site.path]])
+    return Inspection(_name(original), claims, costs, floor, tuple(example.shape[1:]), parameter_count(original))
+
+
+def _name(model: nn.Module) -> str:
+    config = getattr(model, "pretrained_cfg", None) or {}
+    return str(config.get("architecture") or type(model).__name__)
+
+
+__all__ = ["Inspection", "Levers", "inspect", "inspect_copy"]
