@@ -67,7 +67,7 @@ def main() -> None:
         print(row, flush=True)
         rows.append(row)
         # After every model, so that a run that is cut short leaves what it has measured.
-        write("budgets", "python -m benchmarks.budgets", args.seed, rows, __doc__.split("\n\n")[2].replace("\n", " "))
+        write("budgets", "python -m benchmarks.budgets", args.seed, rows, __doc__.split("\n\n")[2], key="model")
 
 
 if __name__ == "__main__":

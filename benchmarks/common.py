@@ -57,14 +57,23 @@ def peak_gib() -> float:
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 2**30, 2)
 
 
-def write(name: str, command: str, seed: int, rows: Sequence[dict[str, Any]], note: str) -> None:
-    """Write results/<name>.json; `python -m benchmarks.table` makes the tables."""
+def write(name: str, command: str, seed: int, rows: Sequence[dict[str, Any]], note: str, key: str = "") -> None:
+    """Write results/<name>.json; `python -m benchmarks.table` makes the tables.
+
+    With `key`, rows of an earlier run on the same device with the same seed and versions are kept unless their value of
+    that key is measured anew: long sweeps can then be run in parts.
+    """
     about = {
         "command": command,
         "seed": seed,
         "device": f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "versions": versions(),
-        "note": note,
+        "note": " ".join(note.split()),
     }
-    write_json(RESULTS / f"{name}.json", {**about, "rows": list(rows)})
+    path, kept = RESULTS / f"{name}.json", list[dict[str, Any]]()
+    if key and path.is_file():
+        before = json.loads(path.read_text())
+        if all(before[part] == about[part] for part in ("seed", "device", "versions")):
+            kept = [row for row in before["rows"] if row[key] not in {row[key] for row in rows}]
+    write_json(path, {**about, "rows": [*kept, *rows]})
     print(json.dumps(about, indent=2), "\nnow: python -m benchmarks.table")

@@ -19,10 +19,12 @@ import msa2conv
 
 from .common import peak_gib, write
 
+MODELS = ("vit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["vit_tiny_patch16_224", "deit_small_patch16_224"])
+    parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
@@ -36,7 +38,7 @@ def main() -> None:
         text = subprocess.run(call, check=True, capture_output=True, text=True).stdout.strip().splitlines()[-1]
         rows.append({"model": name, **dict(pair.split("=") for pair in text.split())})
         print(rows[-1], flush=True)
-        write("cost", "python -m benchmarks.cost", args.seed, rows, __doc__.split("\n\n")[2].replace("\n", " "))
+        write("cost", "python -m benchmarks.cost", args.seed, rows, __doc__.split("\n\n")[2], key="model")
 
 
 def measure(name: str, images: int, seed: int) -> str:

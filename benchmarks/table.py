@@ -1,4 +1,4 @@
-"""Result files -> Markdown: the tables in results/*.md and those between markers in README.md.
+"""Result files -> Markdown: the tables in results/*.md and those between markers in READMEs.
 
 python -m benchmarks.table            # write
 python -m benchmarks.table --check    # fail if a shown table is not what the result files say
@@ -17,7 +17,8 @@ from msa2conv.storage import write_text
 
 from .common import RESULTS
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+SHOWN = (ROOT / "README.md", ROOT / "examples" / "fashion" / "README.md")  # files with marked tables
 _MARKED = re.compile(r"(<!-- table: (\w+)(?: without ([^>]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -35,21 +36,21 @@ def render(name: str, without: tuple[str, ...] = ()) -> str:
     )
 
 
-def readme() -> str:
-    """README.md with every marked table rendered anew."""
+def filled(text: str) -> str:
+    """A document with every marked table rendered anew."""
 
     def fill(match: re.Match[str]) -> str:
         without = tuple(part.strip() for part in (match[3] or "").split(",") if part.strip())
         return f"{match[1]}{render(match[2], without)}\n{match[4]}"
 
-    return _MARKED.sub(fill, README.read_text())
+    return _MARKED.sub(fill, text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    wanted = {README: readme()}
+    wanted = {path: filled(path.read_text()) for path in SHOWN}
     wanted |= {path.with_suffix(".md"): f"# {path.stem}\n\n{render(path.stem)}\n" for path in RESULTS.glob("*.json")}
     stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]
     if args.check and stale:
