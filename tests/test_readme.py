@@ -35,7 +35,7 @@ BLOCK = re.compile(
 SMALL = {
     "swin": {"embed_dim": 24, "depths": (2, 2), "num_heads": (3, 6)},
     "vit": {"embed_dim": 48, "depth": 2, "num_heads": 3},
-    "deit": {"embed_dim": 48, "depth": 2, "num_heads": 3},
+    "deit_small": {"embed_dim": 48, "depth": 2, "num_heads": 3},
 }
 MODULES = [module.name for module in pkgutil.walk_packages(msa2conv.__path__, "msa2conv.")]
 
