@@ -74,7 +74,9 @@ def prepare(
     """
     if steps is not None and (not isinstance(steps, int) or steps < 1):
         raise InvalidArgument("steps", repr(steps), "None or an integer >= 1", "Pass epochs * len(loader).")
-    gates = gates or Gates()
+    gates = Gates() if gates is None else gates
+    if not isinstance(gates, Gates):
+        raise InvalidArgument("gates", repr(gates), "Gates(...)", "For example gates=Gates(sampling='annealed').")
     parse_target(flops_target)
     original = unwrap(model)
     chosen = resolve_levers(levers)
@@ -119,7 +121,8 @@ class Search:
             )  # fmt: skip
         if gates.exact and target < self._floor():
             raise infeasible(target, self._floor())
-        self.budget = Budget(costs or GateCosts.measured(seen.costs, self.mixers, self.ffns), target, gates, steps)
+        costs = costs or GateCosts.measured(seen.costs, self.mixers, self.ffns, gates.windowed)
+        self.budget = Budget(costs, target, gates, steps)
         self._lift(work)
         self._started = time.perf_counter()
 

@@ -630,6 +630,12 @@ def test_arguments_of_a_gate_search(refused: Refused, arguments: dict[str, Any],
         convert(model, 0.7, **{"search": "gates", "data": PAIRS, **arguments})
 
 
+def test_gates_by_a_word(refused: Refused) -> None:
+    text = "gates: found 'annealed'; expected Gates(...). For example gates=Gates(sampling='annealed')."
+    with refused(InvalidArgument, text):
+        prepare(vit(), 0.7, gates="annealed")  # type: ignore[arg-type]
+
+
 def test_number_of_steps_between_saves(refused: Refused) -> None:
     text = "save_every: found 0; expected an integer >= 1. Leave save_every out for its default."
     with refused(InvalidArgument, text):

@@ -91,12 +91,14 @@ class GateCosts:
         return torch.stack(parts).sum() + self.rest
 
     @classmethod
-    def measured(cls, costs: CostModel, mixers: Mapping[str, AttentionSite], ffns: Mapping[str, FFNSite]) -> GateCosts:
-        """By the project's own counter."""
-        of_mixers = {
-            path: (costs.mixer(site, conv_spec(site, 1)), costs.mixer(site, conv_spec(site, 3)), costs.hosts[path])
-            for path, site in mixers.items()
-        }
+    def measured(
+        cls, costs: CostModel, mixers: Mapping[str, AttentionSite], ffns: Mapping[str, FFNSite], windowed: bool = False
+    ) -> GateCosts:
+        """By the project's own counter; `windowed` as in Gates."""
+        of_mixers = {}
+        for path, site in mixers.items():
+            narrow, wide = (costs.mixer(site, conv_spec(site, kernel, windowed)) for kernel in (1, 3))
+            of_mixers[path] = (narrow, wide, costs.hosts[path])
         gated = sum(costs.hosts[path] for path in mixers) + sum(s.hidden * costs.units[p] for p, s in ffns.items())
         return cls(costs.base, costs.base - gated, of_mixers, {path: costs.units[path] for path in ffns})
 

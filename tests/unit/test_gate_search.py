@@ -105,9 +105,11 @@ def test_flops_of_gates_and_their_gradient() -> None:
     assert units.grad is not None and units.grad.tolist() == [7] * 5
 
 
-@pytest.mark.parametrize("name", ["registers", "swin_padded", "foreign"])
-def test_flops_are_those_of_the_thresholded_network(name: str) -> None:
-    search = prepared(name, gates=Gates(exact=False))
+@pytest.mark.parametrize(
+    ("name", "windowed"), [("registers", False), ("swin_padded", False), ("swin_padded", True), ("foreign", False)]
+)
+def test_flops_are_those_of_the_thresholded_network(name: str, windowed: bool) -> None:
+    search = prepared(name, gates=Gates(exact=False, windowed=windowed))
     assert search.flops() == search.inspection.costs.base
     for seed in range(5):
         scramble(search, seed)
