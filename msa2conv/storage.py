@@ -139,8 +139,8 @@ def state_dict_in(loaded: Any, where: str, keys: tuple[str, ...] = STATE_KEYS) -
 
 def write_state(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
     """Write nested dicts and lists of tensors and plain numbers (a training state) atomically."""
-    with atomic_write(path) as temporary:
-        torch.save(state, temporary)
+    with atomic_write(path) as temporary, temporary.open("wb") as file:  # a full disk is an OSError on a file object
+        torch.save(state, file)
 
 
 def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
