@@ -20,7 +20,7 @@ SYMBOLS = {"skip": "-", "identity": "=", "constant": "c", "global": "g", "attent
 
 
 class _Data(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 class Replace(_Data):
