@@ -124,7 +124,8 @@ class Layout(BaseModel):
         """Tokens -> (prefix_BPC, map_BCHW)."""
         self.check(tokens)
         if self.prefix:
-            prefix_BPC, tokens = tokens[:, : self.prefix], tokens[:, self.prefix :]
+            # one split, whose gradient is one concatenation; two slices would each fill a tensor with zeros
+            prefix_BPC, tokens = torch.split(tokens, [self.prefix, tokens.shape[1] - self.prefix], 1)
         else:
             prefix_BPC = tokens.new_zeros((0,))
         channels = tokens.shape[self._groups.index(["c"])]
