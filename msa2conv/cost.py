@@ -19,25 +19,26 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UncountedOperator
-from .ops import IO, MixerSpec
+from .ops import IO, MixerSpec, TokenMixer
 from .sites import AttentionSite, FFNSite, Observation, Site
 from .transforms.apply import apply_edits
 from .transforms.lift import lift
 
 # Element-wise, softmax, activations, indexing, data movement: 0 by definition, listed so that anything else raises.
 _ZERO_NAMES = """
-abs add add_ alias all any argmax argsort as_strided avg_pool2d bernoulli bernoulli_ bitwise_and bitwise_or
-broadcast_tensors ceil clone cos cumsum diff div div_ dropout_ elu embedding erf exp expand_as eye
-feature_dropout fill_ flip floor_divide_ fmod gelu gelu_ glu hardsigmoid hardsigmoid_ hardswish hardswish_
-hardtanh hardtanh_ im2col index index_add index_copy index_put_ index_select is_nonzero item leaky_relu
-leaky_relu_ linalg_vector_norm linspace log log_softmax logical_and logical_not logical_or lt le masked_fill
-masked_fill_ masked_scatter masked_select max max_pool2d maximum mean min minimum mish movedim mul mul_ narrow
-native_dropout ne neg new_empty new_full new_ones new_zeros nonzero norm numpy_T one_hot ones ones_like outer
-pad pixel_shuffle pixel_unshuffle pow prelu prod rand rand_like randn randperm reciprocal relu6 relu6_ remainder
-repeat repeat_interleave resolve_conj roll rsqrt rsub scatter scatter_add select_scatter selu sgn sigmoid
-sigmoid_ sign silu silu_ sin size slice_scatter softmax softplus sort sqrt square stack std sub sub_ sum
-swapaxes take_along_dim tanh tensor_split tile topk tril triu triu_ type_as unbind unflatten unfold uniform_
-unsafe_chunk unsafe_split _upsample_bicubic2d_aa upsample_bicubic2d var var_mean where zero_ zeros_like
+abs add add_ addcmul alias all amax amin any argmax argsort as_strided atan2 avg_pool1d avg_pool2d bernoulli
+bernoulli_ bitwise_and bitwise_or broadcast_tensors ceil clamp_max clamp_max_ clamp_min clamp_min_ clone col2im cos
+cumsum diff div div_ dropout_ elu embedding erf exp expand_as expm1 eye feature_dropout fill_ flip floor floor_divide_
+fmod gelu gelu_ glu hardsigmoid hardsigmoid_ hardswish hardswish_ hardtanh hardtanh_ hypot im2col index index_add
+index_copy index_put_ index_select is_nonzero isfinite item le leaky_relu leaky_relu_ lerp linalg_vector_norm linspace
+log log1p log_softmax logical_and logical_not logical_or lt masked_fill masked_fill_ masked_scatter masked_select max
+max_pool1d max_pool2d maximum mean meshgrid min minimum mish movedim mul mul_ narrow native_dropout ne neg new_empty
+new_full new_ones new_zeros nonzero norm numpy_T one_hot ones ones_like outer pad pixel_shuffle pixel_unshuffle pow
+prelu prod rand rand_like randn randperm reciprocal relu6 relu6_ remainder repeat repeat_interleave reshape_as
+resolve_conj roll round rsqrt rsub scatter scatter_add select_scatter selu sgn sigmoid sigmoid_ sign silu silu_ sin
+size slice_scatter softmax softplus sort sqrt square stack std sub sub_ sum swapaxes take_along_dim tanh tensor_split
+tile topk tril triu triu_ type_as unbind unflatten unfold uniform_ unsafe_chunk unsafe_split upsample_bicubic2d
+_upsample_bicubic2d_aa upsample_linear1d var var_mean where zero_ zeros_like
 """
 ZERO_FLOPS = frozenset(f"aten::{name}" for name in _ZERO_NAMES.split())
 
@@ -74,7 +75,7 @@ def flops_by_module(model: nn.Module, inputs: Tensor) -> Counter[str]:
         from fvcore.nn import FlopCountAnalysis
         from fvcore.nn.jit_handles import norm_flop_counter
 
-    model = copy.deepcopy(model).eval()
+    model = _Counted(copy.deepcopy(model).eval())
     logging.getLogger("fvcore").setLevel(logging.ERROR)
     analysis = FlopCountAnalysis(model, inputs)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
@@ -100,7 +101,32 @@ def flops_by_module(model: nn.Module, inputs: Tensor) -> Counter[str]:
             "operators that the counter knows",
             "Add them to msa2conv.cost (ZERO_FLOPS, or a handle) rather than report a wrong figure.",
         )
-    return Counter({path: int(flops) for path, flops in counts.items()})
+    return Counter({path.removeprefix("model").removeprefix("."): int(flops) for path, flops in counts.items()})
+
+
+class _Counted(nn.Module):
+    """A model whose outputs include what its mixers ignore.
+
+    GC ViT computes global queries also for a site that no longer asks for them. PyTorch runs them, so they count; the
+    tracer would drop what leads to no output.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.ignored = model, list[Tensor]()
+        for module in model.modules():
+            if isinstance(module, TokenMixer):
+                module.register_forward_pre_hook(self._keep, with_kwargs=True)
+
+    def _keep(self, mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert isinstance(mixer, TokenMixer)
+        given = mixer.io.arguments(args, kwargs).values()
+        self.ignored += [value for value in given if isinstance(value, Tensor) and value.is_floating_point()]
+
+    def forward(self, inputs: Tensor) -> Any:
+        self.ignored.clear()
+        out = self.model(inputs)
+        return (out, tuple(self.ignored)) if self.ignored else out
 
 
 _FUSED_ATTENTION = (
@@ -187,20 +213,22 @@ class CostModel:
 
     @classmethod
     def measure(cls, model: nn.Module, seen: Observation, sites: Iterable[Site]) -> CostModel:
-        """Count the model once, and one narrowed FFN per site for the price of a hidden unit."""
+        """Count the model as it is, and with every FFN one unit narrower for the price of a hidden unit."""
         sites = tuple(sites)
         counts = flops_by_module(lift(model, sites).model, seen.inputs)
-        hosts, units, shapes = {}, {}, {}
+        ffns = [site for site in sites if isinstance(site, FFNSite)]
+        narrowed = counts
+        if ffns:
+            narrow = copy.deepcopy(model)
+            apply_edits(narrow, [edit for site in ffns for edit in site.slices(range(site.hidden - 1))])
+            narrowed = flops_by_module(lift(narrow, sites).model, seen.inputs)
+        shapes = {}
         for site in sites:
             call = seen.once(site.path)
             assert call is not None and call.x is not None
-            hosts[site.path], shapes[site.path] = counts[site.path], call.x
-            if isinstance(site, FFNSite):
-                host = model.get_submodule(site.path)
-                units[site.path] = (
-                    counts[site.path] - flops_by_module(_one_unit_less(host, site), torch.zeros(call.x))[""]
-                )
-        return cls(counts[""], hosts, units, shapes)
+            shapes[site.path] = call.x
+        hosts = {site.path: counts[site.path] for site in sites}
+        return cls(counts[""], hosts, {s.path: counts[s.path] - narrowed[s.path] for s in ffns}, shapes)
 
     def mixer(self, site: AttentionSite, spec: MixerSpec) -> int:
         """Multiply-adds of a mixer at a site."""
@@ -209,14 +237,6 @@ class CostModel:
     def ffn(self, site: FFNSite, kept: int) -> int:
         """Multiply-adds of an FFN with `kept` hidden units."""
         return self.hosts[site.path] - (site.hidden - kept) * self.units[site.path]
-
-
-def _one_unit_less(host: nn.Module, site: FFNSite) -> nn.Module:
-    from .plan import Slice
-
-    narrowed = copy.deepcopy(host)
-    apply_edits(narrowed, [Slice(path=path, dim=dim, kept=((0, site.hidden - 1),)) for path, dim in site.units])
-    return narrowed.cpu()
 
 
 @cache  # blocks are alike

@@ -303,12 +303,13 @@ class Search:
         if path in self.mixers:
             name = "attention" if option is None else option.name.replace("identity", "skip")
             return torch.tensor(OPEN[name], dtype=torch.float)
-        values = torch.ones(self.ffns[path].hidden)
-        cut = option.edits[0] if option is not None and option.edits else None
-        if isinstance(cut, Slice):
-            values.zero_()
-            for start, stop in cut.kept:
-                values[start:stop] = 1
+        site = self.ffns[path]
+        values = torch.ones(site.hidden)
+        for edit in () if option is None else option.edits:
+            if isinstance(edit, Slice) and edit.path == f"{path}.{site.output}.weight":
+                values.zero_()
+                for start, stop in edit.kept:
+                    values[start:stop] = 1
         return values
 
     @torch.no_grad()

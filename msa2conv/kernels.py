@@ -37,17 +37,23 @@ def centre(offsets: Offsets) -> int:
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Rows:
-    """Names one projection inside a host: rows `start:stop` of the Linear at `path` (None: all of them)."""
+    """Names one projection inside a host: rows `start:stop` of the Linear at `path` (None: all of them).
+
+    `bias` names a parameter of the host that is added instead of the Linear's own bias (BEiT's and EVA's `v_bias`).
+    """
 
     path: Path
     start: Index | None = None
     stop: Index | None = None
+    bias: Path | None = None
 
     def read(self, host: nn.Module) -> tuple[Tensor, Tensor | None]:
         """-> (weight [O, I], bias [O] or None), views of the host's current parameters."""
         linear = host.get_submodule(self.path)
         weight, bias = linear._parameters["weight"], linear._parameters["bias"]
         assert weight is not None
+        if self.bias is not None:
+            return weight[self.start : self.stop], host.get_parameter(self.bias)
         return weight[self.start : self.stop], None if bias is None else bias[self.start : self.stop]
 
 

@@ -17,21 +17,29 @@ from torch import Tensor
 from .errors import LayoutMismatch
 
 Size = tuple[int, int]
+SIDE_BY_SIDE, APART = "b c (nh h) (nw w)", "b c (h nh) (w nw)"
 _AXES = re.compile(r"\(([^()]*)\)|(\S+)")
+
+
+def _axes(pattern: str) -> list[list[str]]:
+    """The axes of every dimension: "b (h w) c" -> [["b"], ["h", "w"], ["c"]]."""
+    return [(inner or single).split() for inner, single in _AXES.findall(pattern)]
 
 
 class Layout(BaseModel):
     """A bijection between a token tensor and (prefix tokens, a C x H x W map).
 
     The pattern names the axes of the token tensor, outermost first; axes that share a tensor dimension stand in
-    parentheses. `b` is the batch, `c` the channels, `h w` the position inside a window, `nh nw` the window.
+    parentheses. `b` is the batch, `c` the channels, `h w` the position inside a window, `nh nw` the window; `h1 w1`,
+    `h2 w2`, ... are further subdivisions of the map, whose sizes `strides` gives.
 
         "b (h w) c"             ViT: one window that is the whole grid
         "(b nh nw) (h w) c"     Swin: windows folded into the batch
+        "b (nh nw) (h w) c"     NesT: windows in a dimension of their own
         "b h w c", "b c h w"    maps
 
-    Going to tokens the map is rolled by `-shift`, padded with zeros at the bottom and right to whole windows, and cut;
-    going to the map all of that is undone and padded positions are dropped.
+    `map` says how these axes lie on the map. Going to tokens the map is rolled by `-shift`, padded with zeros at the
+    bottom and right to whole windows, and cut; going to the map all of that is undone and padded positions are dropped.
 
     Args:
         pattern: see above.
@@ -39,6 +47,10 @@ class Layout(BaseModel):
         prefix: number of tokens (class, distillation, registers) before the patches; needs the pattern `b (h w) c`.
         window: (h, w) of a window; None means the whole grid.
         shift: cyclic shift (rows, columns) that the backbone applied before cutting windows.
+        map: `b c (nh h) (nw w)`, windows side by side; `b c (h nh) (w nw)`, the positions of a window lie nh and nw
+            apart (MaxViT's grid attention, MobileViT's patches); `b c (nh h h2 h1) (nw w w2 w1)`, Hiera's unrolled
+            tokens.
+        strides: sizes of (h1, w1), (h2, w2), ...
 
     Raises:
         LayoutMismatch: tokens that do not have this geometry.
@@ -58,15 +70,22 @@ class Layout(BaseModel):
     prefix: int = Field(default=0, ge=0, le=1024)
     window: tuple[int, int] | None = None
     shift: tuple[int, int] = (0, 0)
+    map: str = Field(default=SIDE_BY_SIDE, max_length=64)
+    strides: tuple[Size, ...] = Field(default=(), max_length=4)
 
     @model_validator(mode="after")
     def _check(self) -> Layout:
+        of_h, of_w = (["h", "nh", *self._finer("h")], ["w", "nw", *self._finer("w")])
         axes = sorted(axis for group in self._groups for axis in group)
-        if axes not in (["b", "c", "h", "w"], ["b", "c", "h", "nh", "nw", "w"]):
+        assert self._order  # cached now: `torch.compile` cannot fill a cache
+        whole = sorted(["b", "c", *of_h, *of_w])
+        if axes not in (whole, sorted(set(whole) - {"nh", "nw"})):
             raise ValueError(f"pattern {self.pattern!r} must name b, c, h and w once (nh and nw belong to windows)")
         if ["c"] not in self._groups:
             raise ValueError(f"pattern {self.pattern!r} must leave the channels c a dimension of their own")
-        for name, size in (("grid", self.grid), ("window", self._window)):
+        if [sorted(group) for group in _axes(self.map)] != [["b"], ["c"], sorted(of_h), sorted(of_w)]:
+            raise ValueError(f"map {self.map!r} must be 'b c (...) (...)' with {of_h} and {of_w} in some order")
+        for name, size in (("grid", self.grid), ("window", self._window), *(("stride", s) for s in self.strides)):
             if not all(1 <= side <= 16384 for side in size):
                 raise ValueError(f"{name} {size} must lie in 1..16384")
         if not all(0 <= shift < side for shift, side in zip(self.shift, self.grid, strict=True)):
@@ -77,18 +96,45 @@ class Layout(BaseModel):
             raise ValueError(f"pattern {self.pattern!r} must name nh and nw, since there are {self._counts} windows")
         return self
 
+    def _finer(self, side: str) -> list[str]:
+        return [f"{side}{level}" for level in range(1, len(self.strides) + 1)]
+
     @cached_property
     def _groups(self) -> list[list[str]]:
-        return [(inner or single).split() for inner, single in _AXES.findall(self.pattern)]
+        return _axes(self.pattern)
+
+    @cached_property
+    def _order(self) -> list[str]:
+        """The axes as they lie on the padded map, outermost first."""
+        return [axis for group in _axes(self.map) for axis in group]
+
+    @property
+    def _fine(self) -> Size:
+        """How many positions of the grid one position of a window stands for."""
+        rows, columns = 1, 1
+        for stride in self.strides:
+            rows, columns = rows * stride[0], columns * stride[1]
+        return rows, columns
 
     @property
     def _window(self) -> Size:
-        return self.window or self.grid
+        (height, width), (fine_h, fine_w) = self.grid, self._fine
+        return self.window or (height // max(fine_h, 1), width // max(fine_w, 1))
 
     @cached_property
     def _counts(self) -> Size:
-        (grid_h, grid_w), (h, w) = self.grid, self._window
-        return math.ceil(grid_h / max(h, 1)), math.ceil(grid_w / max(w, 1))
+        (grid_h, grid_w), (h, w), (fine_h, fine_w) = self.grid, self._window, self._fine
+        return math.ceil(grid_h / max(h * fine_h, 1)), math.ceil(grid_w / max(w * fine_w, 1))
+
+    @property
+    def _padded(self) -> Size:
+        (h, w), (nh, nw), (fine_h, fine_w) = self._window, self._counts, self._fine
+        return nh * h * fine_h, nw * w * fine_w
+
+    @property
+    def channels(self) -> int:
+        """Which dimension of the token tensor holds the channels."""
+        return self._groups.index(["c"])
 
     @property
     def positions(self) -> int:
@@ -97,12 +143,14 @@ class Layout(BaseModel):
 
     def _sizes(self, channels: int) -> dict[str, int]:
         (h, w), (nh, nw) = self._window, self._counts
-        return {"h": h, "w": w, "nh": nh, "nw": nw, "c": channels}
+        fine_h = dict(zip(self._finer("h"), (stride[0] for stride in self.strides), strict=True))
+        fine_w = dict(zip(self._finer("w"), (stride[1] for stride in self.strides), strict=True))
+        return {"h": h, "w": w, "nh": nh, "nw": nw, "c": channels} | fine_h | fine_w
 
     def check(self, tokens: Tensor) -> None:
         """Raise LayoutMismatch unless `tokens` has this geometry."""
         if tokens.ndim == len(self._groups):
-            sizes = self._sizes(tokens.shape[self._groups.index(["c"])])
+            sizes = self._sizes(tokens.shape[self.channels])
             expected = [math.prod([sizes.get(axis, 1) for axis in group]) for group in self._groups]
             if self.prefix:
                 expected[1] += self.prefix
@@ -128,15 +176,14 @@ class Layout(BaseModel):
             prefix_BPC, tokens = torch.split(tokens, [self.prefix, tokens.shape[1] - self.prefix], 1)
         else:
             prefix_BPC = tokens.new_zeros((0,))
-        channels = tokens.shape[self._groups.index(["c"])]
+        channels = tokens.shape[self.channels]
         sizes = self._sizes(channels)
         shape: list[int] = []
         for group in self._groups:
             shape += [sizes.get(axis, -1) for axis in group]
         flat = [axis for group in self._groups for axis in group]
-        order = [flat.index(axis) for axis in ("b", "c", "nh", "h", "nw", "w") if axis in flat]
-        (h, w), (nh, nw) = self._window, self._counts
-        map_BCHW = tokens.reshape(shape).permute(order).reshape(-1, channels, nh * h, nw * w)
+        order = [flat.index(axis) for axis in self._order if axis in flat]
+        map_BCHW = tokens.reshape(shape).permute(order).reshape(-1, channels, *self._padded)
         map_BCHW = map_BCHW[:, :, : self.grid[0], : self.grid[1]]
         if any(self.shift):
             map_BCHW = torch.roll(map_BCHW, self.shift, (2, 3))
@@ -146,14 +193,13 @@ class Layout(BaseModel):
         """(prefix_BPC, map_BCHW) -> tokens; the inverse of `to_map`, with zeros at padded positions."""
         if any(self.shift):
             map_BCHW = torch.roll(map_BCHW, (-self.shift[0], -self.shift[1]), (2, 3))
-        (h, w), (nh, nw) = self._window, self._counts
-        pad_h, pad_w = nh * h - self.grid[0], nw * w - self.grid[1]
+        pad_h, pad_w = self._padded[0] - self.grid[0], self._padded[1] - self.grid[1]
         if pad_h or pad_w:
             map_BCHW = F.pad(map_BCHW, (0, pad_w, 0, pad_h))
         batch, channels = map_BCHW.shape[:2]
         sizes = {**self._sizes(channels), "b": batch}
         flat = [axis for group in self._groups for axis in group]
-        source: list[str] = [axis for axis in ("b", "c", "nh", "h", "nw", "w") if axis in flat]
+        source = [axis for axis in self._order if axis in flat]
         tokens = map_BCHW.reshape([sizes[axis] for axis in source]).permute([source.index(axis) for axis in flat])
         tokens = tokens.reshape([math.prod([sizes[axis] for axis in group]) for group in self._groups])
         return torch.cat((prefix_BPC, tokens), 1) if self.prefix else tokens

@@ -34,16 +34,28 @@ class IO(_Spec):
     """The calling convention of the module that a mixer replaces.
 
     Args:
-        returns: "tensor", or "tuple" for hosts that return (output, attention weights): a mixer returns (output, None).
+        returns: "tensor"; "tuple" for hosts that return (output, attention weights): a mixer returns (output, None);
+            "echo" for hosts that return (output, `echo`): a mixer returns that argument as it came.
         x: name of the token argument, where it may be passed by keyword.
-        ignored: keywords that a mixer may ignore because its Layout already honours them (Swin's shift mask).
-        absent: keywords that are accepted only as None or False (an attention mask, causality).
+        positional: names of the positional arguments behind x.
+        ignored: arguments that a mixer may ignore because its Layout already honours them (Swin's shift mask, a grid
+            size) or because they only place the host's own scores (rotary and relative positions).
+        absent: arguments that are accepted only as None or False (an attention mask, causality).
+        echo: name of the argument that comes back beside the output (the grid size in MViTv2).
     """
 
-    returns: Literal["tensor", "tuple"] = "tensor"
+    returns: Literal["tensor", "tuple", "echo"] = "tensor"
     x: str = "x"
+    positional: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
+    echo: str | None = None
+
+    def arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Every argument beside x by its name; by its position where `positional` does not name it."""
+        names = (self.x, *self.positional)
+        given = {names[i] if i < len(names) else f"positional argument {i}": args[i] for i in range(1, len(args))}
+        return given | {name: value for name, value in kwargs.items() if args or name != self.x}
 
 
 class RidgePrefix(_Spec):
@@ -165,19 +177,17 @@ class TokenMixer(nn.Module, ABC):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = self._bind(args, kwargs)
         out = self.mix(x)
-        return (out, None) if self.io.returns == "tuple" else out
+        if self.io.returns == "tensor":
+            return out
+        return out, self.io.arguments(args, kwargs).get(self.io.echo or "")
 
     def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         io = self.io
-        extra = [f"positional argument {i}" for i, value in enumerate(args[1:], 1) if value is not None]
-        for name, value in kwargs.items():
-            harmless = (
-                name in io.ignored
-                or (name == io.x and not args)
-                or (name in io.absent and (value is None or value is False))
-            )
-            if not harmless and value is not None:
-                extra.append(name)
+        extra = [
+            name
+            for name, value in io.arguments(args, kwargs).items()
+            if value is not None and name not in io.ignored and not (name in io.absent and value is False)
+        ]
         x = args[0] if args else kwargs.get(io.x)
         if extra or not isinstance(x, Tensor):
             raise UnsupportedArgument(

@@ -5,7 +5,8 @@ Also `observe`: one forward pass that records what reaches every module.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from .errors import InvalidInput, NonFiniteValue
 from .kernels import Rows as Rows
 from .layouts import Layout
 from .ops import IO
+from .plan import Slice, ranges
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,12 @@ class AttentionSite:
     projections: Projections | None = None
 
 
+Unit = tuple[str, int] | tuple[str, int, int]
+
+
 @dataclass(frozen=True)
 class FFNSite:
-    """One two-layer feed-forward network whose hidden units can be dropped.
+    """One feed-forward network whose hidden units can be dropped.
 
     Args:
         path: module path of the FFN.
@@ -76,7 +81,8 @@ class FFNSite:
         hidden: number of hidden units.
         layout: how its tokens lie on the image; tells prefix tokens from patches.
         output: path of the layer that reads the hidden units, relative to `path`; its weights are refitted.
-        units: (parameter path relative to `path`, dimension) of everything that hangs on one hidden unit.
+        units: (parameter or buffer path relative to `path`, dimension[, offset]) of everything that hangs on one hidden
+            unit: unit j is index j + offset there. A layer that computes gate and value at once stands here twice.
     """
 
     path: str
@@ -85,7 +91,18 @@ class FFNSite:
     hidden: int
     layout: Layout
     output: str
-    units: tuple[tuple[str, int], ...]
+    units: tuple[Unit, ...]
+
+    def slices(self, kept: Iterable[int]) -> tuple[Slice, ...]:
+        """The Slices that leave these hidden units."""
+        kept = sorted(kept)
+        offsets: dict[tuple[str, int], list[int]] = {}
+        for path, dim, *offset in self.units:
+            offsets.setdefault((path, dim), []).append(offset[0] if offset else 0)
+        return tuple(
+            Slice(path=f"{self.path}.{path}", dim=dim, kept=ranges([unit + start for start in starts for unit in kept]))
+            for (path, dim), starts in offsets.items()
+        )
 
 
 Site = AttentionSite | FFNSite
@@ -102,11 +119,27 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Call:
-    """What one call of a module looked like; keywords are those given with a value other than None or False."""
+    """What one call of a module looked like.
+
+    Args:
+        x: shape of the first tensor given.
+        out: shape of the first tensor returned.
+        arguments: {name: value} of what was given beside x, other than None and False; a `Given` stands for anything
+            that holds tensors or objects.
+        returned: how many values came back; 1 where it was not a tuple.
+    """
 
     x: tuple[int, ...] | None
     out: tuple[int, ...] | None
-    keywords: tuple[str, ...]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    returned: int = 1
+
+
+@dataclass(frozen=True)
+class Given:
+    """Stands in a Call for a value that is not plain data."""
+
+    kind: str
 
 
 @dataclass
@@ -169,17 +202,10 @@ def observe(model: nn.Module, inputs: Tensor) -> Observation:
 
     def hook(path: str) -> Any:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
-            x = next((value for value in [*args, *kwargs.values()] if isinstance(value, Tensor)), None)
-            y = next(
-                (value for value in (out if isinstance(out, Sequence) else [out]) if isinstance(value, Tensor)), None
-            )
-            call = Call(
-                _shape(x),
-                _shape(y),
-                tuple(key for key, value in kwargs.items() if value is not None and value is not False),
-            )
+            call = _call(module, args, kwargs, out)
             observation.calls.setdefault(path, []).append(call)
-            if y is not None and y.is_floating_point() and not torch.isfinite(y).all():
+            y = _first_tensor(out)
+            if y is not None and not _is_finite(y):
                 broken.append(path)
 
         return record
@@ -200,7 +226,7 @@ def observe(model: nn.Module, inputs: Tensor) -> Observation:
     finally:
         for handle in handles:
             handle.remove()
-    if isinstance(observation.output, Tensor) and not torch.isfinite(observation.output).all():
+    if isinstance(observation.output, Tensor) and not _is_finite(observation.output):
         raise NonFiniteValue(
             broken[0] if broken and broken[0] else "model output",
             "NaN or Inf in its output on the example input",
@@ -213,7 +239,7 @@ def observe(model: nn.Module, inputs: Tensor) -> Observation:
 def check_finite_weights(model: nn.Module) -> None:
     """Raise NonFiniteValue if any parameter or buffer holds NaN or Inf (Inf in a mask buffer is allowed)."""
     for name, tensor in model.named_parameters():
-        if not torch.isfinite(tensor).all():
+        if not _is_finite(tensor):
             bad = int((~torch.isfinite(tensor)).sum())
             raise NonFiniteValue(
                 name,
@@ -223,5 +249,41 @@ def check_finite_weights(model: nn.Module) -> None:
             )
 
 
-def _shape(value: Tensor | None) -> tuple[int, ...] | None:
-    return None if value is None else tuple(value.shape)
+def _call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> Call:
+    named = _named(module, args, kwargs)
+    x = next((name for name, value in named.items() if isinstance(value, Tensor)), None)
+    y = _first_tensor(out)
+    return Call(
+        None if x is None else tuple(named[x].shape),
+        None if y is None else tuple(y.shape),
+        {k: _plain(value) for k, value in named.items() if k != x and value is not None and value is not False},
+        len(out) if isinstance(out, (tuple, list)) else 1,
+    )
+
+
+def _named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Every argument by its name in the signature of `forward`; by its position where that has no names."""
+    names = [
+        name
+        for name, parameter in inspect.signature(module.forward).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    return {names[i] if i < len(names) else str(i): value for i, value in enumerate(args)} | dict(kwargs)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers, texts and lists of them as they are."""
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (tuple, list)) and all(isinstance(item, (bool, int, float, str)) for item in value):
+        return type(value)(value) if type(value) in (tuple, list) else tuple(value)
+    return Given(type(value).__name__)
+
+
+def _first_tensor(out: Any) -> Tensor | None:
+    values = out if isinstance(out, (tuple, list)) else (out,)
+    return next((value for value in values if isinstance(value, Tensor)), None)
+
+
+def _is_finite(value: Tensor) -> bool:
+    return value.is_meta or not value.is_floating_point() or bool(torch.isfinite(value).all())

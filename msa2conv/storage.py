@@ -202,7 +202,8 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     skeleton = _on_meta(model)
     apply_edits(skeleton, plan.edits)
     _check_state(skeleton, tensors, source)
-    skeleton.load_state_dict(tensors, strict=True, assign=True)
+    # Cloned: in the file tensors lie at any address, and a product of small matrices can differ in its last bits by that.
+    skeleton.load_state_dict({name: value.clone() for name, value in tensors.items()}, strict=True, assign=True)
     _restore_unsaved_buffers(skeleton, model)
     for parameter in skeleton.parameters():
         parameter.requires_grad_(True)

@@ -207,7 +207,7 @@ def classifier() -> nn.Module:
     return nn.Sequential(*layers).eval()
 
 
-ADAPTERS = "an attention that one of the adapters (timm VisionTransformer, timm SwinTransformer) knows"
+ADAPTERS = "an attention that one of the adapters (timm) knows"
 WRITE_ADAPTER = "Write an adapter for it (CONTRIBUTING.md, 'Add a backbone') and pass adapters=[yours]."
 
 
@@ -219,20 +219,21 @@ def test_convolutional_network(refused: Refused) -> None:
 
 
 def test_unknown_attention_is_listed(refused: Refused) -> None:
-    from timm.models.eva import Eva
+    class OwnAttention(nn.Conv2d):
+        pass
 
-    model = Eva(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=10).eval()
-    listed = "blocks.0.attn (EvaAttention), blocks.1.attn (EvaAttention)"
-    with refused(
-        NoSitesFound, f"Eva: found unknown attention modules {listed}; expected {ADAPTERS}. {WRITE_ADAPTER}", model
-    ):
-        convert(model, 0.5)
+    model = nn.Sequential(OwnAttention(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)).eval()
+    listed = "0 (OwnAttention): an attention that no adapter knows"
+    with refused(NoSitesFound, f"Sequential: found {listed}; expected {ADAPTERS}. {WRITE_ADAPTER}", model):
+        convert(model, 0.5, example_inputs=torch.zeros(1, 3, 32, 32))
 
 
-def test_differential_attention_is_refused_with_the_reason(refused: Refused) -> None:
-    model = vit(attn_layer="diff")
-    reason = "(DiffAttention): not timm's standard Attention or two-layer Mlp: left as it is"
-    found = f"blocks.0.attn {reason}; blocks.1.attn {reason}"
+def test_an_attention_that_is_no_module_is_refused_with_the_reason(refused: Refused) -> None:
+    from timm.models.vision_transformer import ParallelScalingBlock
+
+    model = vit(block_fn=ParallelScalingBlock)
+    reason = "(ParallelScalingBlock): attention and FFN share one projection: not a module of its own"
+    found = f"blocks.0 {reason}; blocks.1 {reason}"
     text = f"VisionTransformer: found {found}; expected {ADAPTERS}. {WRITE_ADAPTER}"
     with refused(NoSitesFound, text, model):
         convert(model, 0.5)
@@ -241,12 +242,12 @@ def test_differential_attention_is_refused_with_the_reason(refused: Refused) -> 
 
 
 def test_two_adapters_claim_one_module(refused: Refused) -> None:
-    from msa2conv.adapters.vit import VisionTransformerAdapter
+    from msa2conv.adapters.timm import TIMM
 
-    model, name = vit(), "'timm VisionTransformer'"
+    model, name = vit(), "'timm'"
     text = f"blocks.0.attn: found claims of both {name} and {name}; expected one adapter for one module. "
     with refused(ConflictingClaims, text + "Pass adapters=[...] with only one of them.", model):
-        convert(model, 0.5, data=images(), adapters=[VisionTransformerAdapter(), VisionTransformerAdapter()])
+        convert(model, 0.5, data=images(), adapters=[TIMM, TIMM])
 
 
 def test_not_a_module(refused: Refused) -> None:
@@ -475,12 +476,14 @@ def test_targets_of_a_gate_search(refused: Refused) -> None:
 
 
 def test_nothing_that_a_gate_can_decide(refused: Refused) -> None:
-    from msa2conv.adapters.vit import VisionTransformerAdapter
+    from msa2conv.adapters.timm import TIMM
     from msa2conv.sites import AttentionSite, Claims
 
-    class Silent(VisionTransformerAdapter):
+    class Silent:
+        name = "silent"
+
         def claims(self, *args: Any) -> Claims:
-            sites = super().claims(*args).sites
+            sites = TIMM.claims(*args).sites
             return Claims.of(dataclasses.replace(s, projections=None) for s in sites if isinstance(s, AttentionSite))
 
     model = vit()
@@ -885,9 +888,10 @@ TWICE = {"kind": "slice", "path": "blocks.0.norm1.bias", "dim": 0}
             f"a slice of dimension 0 up to 999; expected something inside the shape (48,). {PLAN_HINT}",
         ),
         (
-            edit(kind="slice", path="patch_embed.proj.bias", dim=0, kept=[[0, 8]]),
-            "patch_embed.proj.bias",
-            f"a parameter of Conv2d; expected Linear or LayerNorm. {PLAN_HINT}",
+            edit(kind="slice", path="pos_embed", dim=2, kept=[[0, 8]]),
+            "pos_embed",
+            "a parameter of VisionTransformer; expected Linear, LayerNorm, BatchNorm, or a convolution that is "
+            f"ungrouped or depthwise. {PLAN_HINT}",
         ),
         (
             lambda plan: plan["edits"].extend([{**TWICE, "kept": [[0, 8]]}, {**TWICE, "kept": [[8, 16]]}]),

@@ -18,17 +18,19 @@ class Adapter(Protocol):
     leave alone goes into `refusals` with the reason. It returns empty Claims for a model that is not its own.
     """
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Of the family, for messages."""
+        ...
 
     def claims(self, model: nn.Module, seen: Observation) -> Claims: ...
 
 
 def default_adapters() -> tuple[Adapter, ...]:
-    """The built-in adapters: timm's ViT family and timm's Swin."""
-    from .swin import SwinAdapter
-    from .vit import VisionTransformerAdapter
+    """The built-in adapters."""
+    from .timm import TIMM
 
-    return VisionTransformerAdapter(), SwinAdapter()
+    return (TIMM,)
 
 
 def find_sites(model: nn.Module, seen: Observation, adapters: Iterable[Adapter] | None = None) -> Claims:
@@ -53,25 +55,33 @@ def find_sites(model: nn.Module, seen: Observation, adapters: Iterable[Adapter] 
                 )
             owners[site.path] = adapter.name
         found.append(claims)
+    found.append(Claims((), tuple(_unknown(model, seen, found))))
     order = {path: index for index, path in enumerate(seen.calls)}
     sites = sorted((site for claims in found for site in claims.sites), key=lambda site: order[site.path])
     refusals = tuple(refusal for claims in found for refusal in claims.refusals)
     if not any(isinstance(site, AttentionSite) for site in sites):
         raise NoSitesFound(
             type(model).__name__,
-            _describe(model, refusals),
+            _describe(refusals),
             f"an attention that one of the adapters ({', '.join(adapter.name for adapter in adapters)}) knows",
             "Write an adapter for it (CONTRIBUTING.md, 'Add a backbone') and pass adapters=[yours].",
         )
     return Claims(tuple(sites), refusals)
 
 
-def _describe(model: nn.Module, refusals: tuple[Refusal, ...]) -> str:
-    if refusals:
-        return "; ".join(f"{item.path} ({item.kind}): {item.reason}" for item in refusals[:8])
-    kinds = {
-        f"{path} ({type(module).__name__})"
+def _unknown(model: nn.Module, seen: Observation, found: list[Claims]) -> list[Refusal]:
+    """Attentions by their class name that ran, and that no adapter has claimed or refused, nor anything around them."""
+    known = [item.path for claims in found for item in (*claims.sites, *claims.refusals)]
+    return [
+        Refusal(path, type(module).__name__, "an attention that no adapter knows")
         for path, module in model.named_modules()
-        if "attention" in type(module).__name__.lower() or "attn" in type(module).__name__.lower()
-    }
-    return f"unknown attention modules {', '.join(sorted(kinds)[:8])}" if kinds else "no attention module at all"
+        if path in seen.calls
+        and any(name in type(module).__name__.lower() for name in ("attention", "attn"))
+        and not any(f"{path}.".startswith(f"{other}.") or other.startswith(f"{path}.") for other in known)
+    ]
+
+
+def _describe(refusals: tuple[Refusal, ...]) -> str:
+    listed = "; ".join(f"{item.path} ({item.kind}): {item.reason}" for item in refusals[:8])
+    more = f"; and {len(refusals) - 8} more" if len(refusals) > 8 else ""
+    return listed + more or "no attention module at all"

@@ -75,7 +75,7 @@ def example_size(model: nn.Module) -> tuple[int, ...] | None:
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     config = getattr(model, "pretrained_cfg", None) or {}
     declared = config.get("input_size")
-    channels = getattr(getattr(getattr(model, "patch_embed", None), "proj", None), "in_channels", None)
+    channels = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if size is not None:
         return (int(channels or 3), int(size[0]), int(size[1]))
     return tuple(declared) if declared else None

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from ..cost import CostModel
 from ..options import Option
-from ..plan import Slice, ranges
 from ..sites import FFNSite, Site
 from .ridge import solve_ridge
 
@@ -71,24 +70,32 @@ class FFN(BaseModel):
     def statistics(self, site: Site, host: nn.Module, prefix_weight: float, ridge_factor: float) -> FFNStatistics:
         assert isinstance(site, FFNSite)
         lever = self.model_copy(update={"ridge": self.ridge * ridge_factor})
-        return FFNStatistics(lever, site, prefix_weight if self.weigh_prefix else 1.0)
+        weight = prefix_weight if self.weigh_prefix else 1.0
+        return FFNStatistics(lever, site, weight, isinstance(host.get_submodule(site.output), nn.Conv2d))
 
 
 class FFNStatistics:
     """Weighted second moments of the hidden units: prefix rows count by how much the output listens to them."""
 
-    def __init__(self, lever: FFN, site: FFNSite, prefix_weight: float) -> None:
+    def __init__(self, lever: FFN, site: FFNSite, prefix_weight: float, channels_first: bool) -> None:
         self.lever, self.site, self.prefix_weight = lever, site, prefix_weight
+        self.channels_first = channels_first
+        self.shift_K: Tensor | None = None
         self.gram_KK = torch.zeros(site.hidden, site.hidden, dtype=torch.double)
         self.sum_K = torch.zeros(site.hidden, dtype=torch.double)
         self.total = 0.0
 
     def update(self, x: Tensor, out: Tensor, hidden: Tensor | None) -> None:
         assert hidden is not None
+        if self.channels_first:
+            hidden = hidden.movedim(1, -1)
         weights = torch.ones(hidden.shape[:-1], device=hidden.device)
         if self.site.layout.prefix:
             weights[:, : self.site.layout.prefix] = self.prefix_weight
         rows_LK, weights_L = hidden.reshape(-1, hidden.shape[-1]), weights.reshape(-1, 1)
+        if self.shift_K is None:  # near the mean, so that float32 products lose nothing to cancellation
+            self.shift_K = rows_LK.mean(0)
+        rows_LK = rows_LK - self.shift_K
         weighted_LK = rows_LK * weights_L
         self.gram_KK += (rows_LK.T @ weighted_LK).cpu()
         self.sum_K += weighted_LK.sum(0).double().cpu()
@@ -96,9 +103,11 @@ class FFNStatistics:
 
     def fit(self, host: nn.Module, costs: CostModel) -> FFNRecord:
         layer: Any = host.get_submodule(self.site.output)
-        weight_OK = layer.weight.detach().float().cpu()
-        mean_K = self.sum_K / self.total
-        covariance_KK = (self.gram_KK / self.total - torch.outer(mean_K, mean_K)).float()
+        weight_OK = layer.weight.detach().float().cpu().flatten(1)  # of a 1 x 1 convolution too
+        assert self.shift_K is not None
+        above_K = self.sum_K / self.total
+        covariance_KK = (self.gram_KK / self.total - torch.outer(above_K, above_K)).float()
+        mean_K = self.shift_K.double().cpu() + above_K
         order = _elimination_order(covariance_KK.double(), weight_OK.double(), self.lever)
         bias = layer.bias
         bias_O = torch.zeros(len(weight_OK)) if bias is None else bias.detach().float().cpu()
@@ -112,6 +121,7 @@ class FFNStatistics:
             weight_OK,
             bias_O,
             bias is not None,
+            self.channels_first,
         )
 
 
@@ -166,6 +176,7 @@ class FFNRecord:
     weight_OK: Tensor
     bias_O: Tensor
     has_bias: bool
+    is_conv: bool = False
     scores: tuple[tuple[int, float], ...] = ()
 
     @property
@@ -191,27 +202,28 @@ class FFNRecord:
 
     def _option(self, width: int, score: float | None) -> Option:
         kept = self.order[len(self.order) - width :].sort().values
-        path = self.site
-        edits = tuple(Slice(path=f"{path}.{name}", dim=dim, kept=ranges(kept.tolist())) for name, dim in self.ffn.units)
-        return Option(
-            path, f"{width}/{self.ffn.hidden}", self.costs.ffn(self.ffn, width), edits, lambda: self._refit(kept), score
-        )
+        name, flops = f"{width}/{self.ffn.hidden}", self.costs.ffn(self.ffn, width)
+        return Option(self.site, name, flops, self.ffn.slices(kept.tolist()), lambda: self._refit(kept), score)
 
     def _refit(self, kept: Tensor) -> dict[str, Tensor]:
         """W' = W C[:, kept] (C[kept, kept] + ridge)^-1; the mean of what left goes into the bias."""
-        covariance_KK, weight_OK, mean_K = self.covariance_KK.double(), self.weight_OK.double(), self.mean_K.double()
-        refit_KO = solve_ridge(covariance_KK[kept][:, kept], covariance_KK[kept] @ weight_OK.T, self.lever.ridge)
+        covariance_KK, mean_K = self.covariance_KK.double(), self.mean_K.double()
+        target_KO = covariance_KK[kept] @ self.weight_OK.double().T
+        refit_KO = solve_ridge(covariance_KK[kept][:, kept], target_KO, self.lever.ridge)
         path = f"{self.site}.{self.ffn.output}"
-        tensors = {f"{path}.weight": refit_KO.T.float().contiguous()}
+        weight_OK = refit_KO.T.float().contiguous()
+        tensors = {f"{path}.weight": weight_OK[:, :, None, None] if self.is_conv else weight_OK}
         if self.has_bias:
-            tensors[f"{path}.bias"] = (self.bias_O + weight_OK @ mean_K - refit_KO.T @ mean_K[kept]).float()
+            lost_O = self.weight_OK.double() @ mean_K - refit_KO.T @ mean_K[kept]
+            tensors[f"{path}.bias"] = (self.bias_O + lost_O).float()
         return tensors
 
     def with_scores(self, scores: Mapping[str, float]) -> FFNRecord:
         return replace(self, scores=tuple(sorted((int(name.split("/")[0]), score) for name, score in scores.items())))
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        meta = {"lever": "ffn", "site": self.site, "config": self.lever.model_dump(), "has_bias": self.has_bias}
+        meta: dict[str, Any] = {"lever": "ffn", "site": self.site, "config": self.lever.model_dump()}
+        meta |= {"has_bias": self.has_bias, "is_conv": self.is_conv}
         meta["scores"] = [list(pair) for pair in self.scores]
         names = ("order", "covariance_KK", "mean_K", "weight_OK", "bias_O")
         return meta, {name: getattr(self, name) for name in names}
@@ -222,4 +234,4 @@ class FFNRecord:
     ) -> FFNRecord:
         scores = tuple((int(width), float(score)) for width, score in meta["scores"])
         lever = FFN.model_validate(meta["config"])
-        return cls(site, lever, costs, **tensors, has_bias=bool(meta["has_bias"]), scores=scores)
+        return cls(site, lever, costs, **tensors, has_bias=meta["has_bias"], is_conv=meta["is_conv"], scores=scores)

@@ -17,8 +17,10 @@ def solve_ridge(gram_II: Tensor, cross_IO: Tensor, strength: float) -> Tensor:
     floor = strength * gram_II.diagonal().mean().clamp_min(1e-12)
     regular = gram_II + floor * torch.eye(size, dtype=gram_II.dtype)
     factor, failed = torch.linalg.cholesky_ex(regular)
-    if failed:  # a rank-deficient Gram: the floor is below rounding, so lift it once
-        factor = torch.linalg.cholesky(regular + 1e-6 * floor.clamp_min(gram_II.diagonal().max()) * torch.eye(size))
+    lift = 1e-6 * floor.clamp_min(gram_II.diagonal().max())
+    while failed:  # a rank-deficient Gram, whose floor is below rounding
+        factor, failed = torch.linalg.cholesky_ex(regular + lift * torch.eye(size))
+        lift *= 10
     return torch.cholesky_solve(cross_IO, factor)
 
 

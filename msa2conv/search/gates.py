@@ -22,7 +22,7 @@ from ..layouts import Layout
 from ..levers import FFN
 from ..ops import Conv, Identity, MixerSpec, PassPrefix, Skip
 from ..options import Option
-from ..plan import Replace, Slice, ranges
+from ..plan import Replace
 from ..sites import AttentionSite, FFNSite
 from ..transforms.gates import Gate, Sampling, is_open
 from ..transforms.single_path import NAMES, Branch
@@ -222,7 +222,5 @@ def thresholded(gate: Gate, options: list[Option]) -> Option:
 def width_option(site: FFNSite, kept: list[int], costs: CostModel, price: float = 0.0) -> Option:
     """An FFN that keeps these hidden units."""
     width = len(kept)
-    runs = ranges(sorted(kept))
-    edits = tuple(Slice(path=f"{site.path}.{name}", dim=dim, kept=runs) for name, dim in site.units)
-    flops = costs.ffn(site, width)
-    return Option(site.path, f"{width}/{site.hidden}", flops, () if width == site.hidden else edits, score=price)
+    edits = () if width == site.hidden else site.slices(kept)
+    return Option(site.path, f"{width}/{site.hidden}", costs.ffn(site, width), edits, score=price)

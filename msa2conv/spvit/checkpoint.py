@@ -170,7 +170,7 @@ class _Reader:
             first = checkpoint.state.get(f"{path}.{site.units[0][0]}")
             width = site.hidden if first is None else min(*first.shape[:1], site.hidden)
             kept = list(range(width))
-        axes, tensors = dict(site.units), dict[str, Tensor]()
+        axes, tensors = {path: dim for path, dim, *_ in site.units}, dict[str, Tensor]()
         for name, value in self.model.get_submodule(path).state_dict().items():
             shape = [width if axis == axes.get(name) else side for axis, side in enumerate(value.shape)]
             found = checkpoint.take(f"{path}.{name}", *shape)

@@ -14,6 +14,8 @@ from ..ops import Conv
 from ..plan import Edit, Plan, Replace, SetAttr, Slice, fingerprint
 
 _HINT = "Apply a Plan only to the model it was made for; do not edit Plans by hand."
+_SLICEABLE = (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.modules.batchnorm._BatchNorm)
+_SLICEABLE_TEXT = "Linear, LayerNorm, BatchNorm, or a convolution that is ungrouped or depthwise"
 _LARGEST_GROWTH = 64  # a new mixer may hold so many times the parameters of the module that it replaces
 
 
@@ -131,8 +133,8 @@ def _check(model: nn.Module, edit: Edit, path: str) -> None:
                 f"something inside the shape {tuple(parameter.shape)}",
                 _HINT,
             )
-        if not isinstance(owner, (nn.Linear, nn.LayerNorm)):
-            raise InvalidPlan(edit.path, f"a parameter of {type(owner).__name__}", "Linear or LayerNorm", _HINT)
+        if not isinstance(owner, _SLICEABLE) or (isinstance(owner, nn.Conv2d) and owner.groups not in (1, _out(owner))):
+            raise InvalidPlan(edit.path, f"a parameter of {type(owner).__name__}", _SLICEABLE_TEXT, _HINT)
     else:
         _check_attribute(submodule(model, path), edit)
 
@@ -171,10 +173,15 @@ def _numel(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _parameter(model: nn.Module, path: str) -> tuple[nn.Module, nn.Parameter]:
+def _out(conv: nn.Conv2d) -> int:
+    return conv.weight.shape[0]
+
+
+def _parameter(model: nn.Module, path: str) -> tuple[nn.Module, Tensor]:
+    """A parameter or a buffer, and the module that owns it."""
     parent, _, name = path.rpartition(".")
     owner = submodule(model, parent)
-    parameter = owner._parameters.get(name)
+    parameter = {**owner._buffers, **owner._parameters}.get(name)
     if parameter is None:
         raise InvalidPlan(path, f"no parameter {name!r} in {type(owner).__name__}", "an existing parameter", _HINT)
     return owner, parameter
@@ -193,11 +200,19 @@ def _replace(model: nn.Module, path: str, edit: Replace) -> None:
 
 def _slice(model: nn.Module, path: str, edit: Slice) -> None:
     owner, parameter = _parameter(model, path)
+    name = path.rpartition(".")[2]
     kept = [parameter.detach().narrow(edit.dim, start, stop - start) for start, stop in edit.kept]
-    sliced = nn.Parameter(torch.cat(kept, edit.dim).clone(), requires_grad=parameter.requires_grad)
-    owner._parameters[path.rpartition(".")[2]] = sliced
-    if isinstance(owner, nn.Linear):
-        if sliced.ndim == 2:
-            owner.out_features, owner.in_features = sliced.shape
+    sliced = torch.cat(kept, edit.dim).clone()
+    if name in owner._buffers:
+        owner._buffers[name] = sliced
+    else:
+        owner._parameters[name] = nn.Parameter(sliced, requires_grad=parameter.requires_grad)
+    if isinstance(owner, nn.Linear) and sliced.ndim == 2:
+        owner.out_features, owner.in_features = sliced.shape
+    elif isinstance(owner, nn.Conv2d) and sliced.ndim == 4:
+        owner.groups = len(sliced) if owner.groups > 1 else 1  # more than one means depthwise
+        owner.out_channels, owner.in_channels = len(sliced), sliced.shape[1] * owner.groups
     elif isinstance(owner, nn.LayerNorm):
         owner.normalized_shape = tuple(sliced.shape)
+    elif isinstance(owner, nn.modules.batchnorm._BatchNorm):
+        owner.num_features = len(sliced)

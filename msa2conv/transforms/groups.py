@@ -3,41 +3,139 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from ..layouts import Layout
+from ..sites import FFNSite, Given, Unit
+from .apply import apply_edits
 
 
-def hidden_units(ffn: nn.Module, first: str, shape: tuple[int, ...]) -> tuple[tuple[str, int], ...] | None:
-    """(parameter path, dimension) of everything that goes when one output unit of the layer `first` goes.
+def hidden_units(
+    ffn: nn.Module, output: str, shape: tuple[int, ...], arguments: Mapping[str, Any] | None = None
+) -> tuple[Unit, ...] | str:
+    """Everything that goes when one hidden unit goes: the Units of an FFNSite.
+
+    The answer is tried out on random weights: without a unit the module must compute what it computes when the output
+    layer does not listen to that unit. A norm over the hidden units, for example, fails that.
 
     Args:
         ffn: the module; a copy is traced.
-        first: path of the layer that produces the hidden units.
+        output: path of the layer that reads the hidden units, a Linear or a 1 x 1 convolution.
         shape: shape of the module's input.
+        arguments: what it is called with besides.
 
     Returns:
-        The group, or None when it reaches beyond Linear layers of this module (then pruning would not be safe).
+        The group, or the reason why its units cannot be dropped safely.
     """
+    arguments = dict(arguments or {})
+    given = [name for name, value in arguments.items() if isinstance(value, Given)]
+    if given:
+        return f"it is called with {given[0]!r}, which cannot be traced"
+    ffn = _random_copy(ffn)
+    layer = ffn.get_submodule(output)
+    hidden = _inputs_of(layer)
+    if hidden is None:
+        return f"its output layer {output} is neither a Linear nor an ungrouped 1 x 1 convolution"
+    if hidden < 2:
+        return "it has a single hidden unit"
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    try:
+        units = _group(ffn, layer, x, arguments)
+    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, IndexError, KeyError) as error:
+        return f"torch-pruning cannot trace it ({type(error).__name__})"
+    if isinstance(units, str) or _is_exact(ffn, output, hidden, units, x, arguments):
+        return units
+    return "its output depends on a hidden unit in more ways than through its output layer"
+
+
+def _inputs_of(layer: nn.Module) -> int | None:
+    if isinstance(layer, nn.Linear):
+        return layer.in_features
+    if isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.kernel_size == (1, 1) and layer.stride == (1, 1):
+        return layer.in_channels
+    return None
+
+
+def _random_copy(ffn: nn.Module) -> nn.Module:
+    """A float32 copy on the CPU whose weights and statistics all matter; also of a module on the meta device."""
+    ffn = copy.deepcopy(ffn)
+    ffn = (ffn.to_empty(device="cpu") if any(p.is_meta for p in ffn.parameters()) else ffn.cpu()).float().eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in ffn.parameters():
+            parameter.requires_grad_(True)  # torch-pruning walks the autograd graph
+            scale = math.sqrt(parameter[0].numel()) if parameter.ndim > 1 else 1.0
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / scale)
+        for name, buffer in ffn.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+    return ffn
+
+
+def _group(ffn: nn.Module, layer: nn.Module, x: Tensor, arguments: Mapping[str, Any]) -> tuple[Unit, ...] | str:
     import torch_pruning as tp
 
-    ffn = copy.deepcopy(ffn).cpu().float().eval()
-    for parameter in ffn.parameters():
-        parameter.requires_grad_(True)  # torch-pruning walks the autograd graph
     names = {module: path for path, module in ffn.named_modules()}
     with torch.enable_grad():
-        graph = tp.DependencyGraph().build_dependency(ffn, example_inputs=torch.zeros(shape))
-    root = ffn.get_submodule(first)
-    units: list[tuple[str, int]] = []
-    for item in graph.get_pruning_group(root, tp.prune_linear_out_channels, idxs=[0]):
-        dependency = item[0]
+        graph = tp.DependencyGraph().build_dependency(
+            ffn, example_inputs=x, forward_fn=lambda model, inputs: model(inputs, **arguments)
+        )
+    prune = tp.prune_linear_in_channels if isinstance(layer, nn.Linear) else tp.prune_conv_in_channels
+    units: list[Unit] = []
+    for dependency, indices in graph.get_pruning_group(layer, prune, idxs=[0]):
         module, produces = dependency.target.module, graph.is_out_channel_pruning_fn(dependency.handler)
-        if not isinstance(module, nn.Linear):
-            if any(True for _ in module.parameters()):
-                return None
+        if module not in names:
+            if isinstance(module, nn.Parameter):
+                return "torch-pruning finds a parameter in the group that no layer owns"
             continue  # activations and reshapes hold nothing
-        path = names[module]
-        units.append((f"{path}.weight", 0 if produces else 1))
-        if produces and module.bias is not None:
-            units.append((f"{path}.bias", 0))
-    return tuple(units)
+        hanging = _hanging(module, produces)
+        if hanging is None:
+            return f"its {type(module).__name__} {names[module]} couples the hidden units"
+        for parameter, dim in hanging:
+            units += [
+                (f"{names[module]}.{parameter}", dim, int(i)) if i else (f"{names[module]}.{parameter}", dim)
+                for i in indices
+            ]
+    order = {name: position for position, name in enumerate(ffn.state_dict())}
+    return tuple(sorted(set(units), key=lambda unit: (order[unit[0]], *unit[1:])))
+
+
+def _hanging(module: nn.Module, produces: bool) -> list[tuple[str, int]] | None:
+    """(parameter or buffer, dimension) of a module that hang on one of its channels; None if it cannot be narrowed."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        depthwise = isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels == module.out_channels
+        if isinstance(module, nn.Conv2d) and module.groups > 1 and not depthwise:
+            return None
+        if not (produces or depthwise):
+            return [("weight", 1)]
+        return [("weight", 0)] + ([("bias", 0)] if module.bias is not None else [])
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        names = ("weight", "bias", "running_mean", "running_var")
+        return [(name, 0) for name in names if getattr(module, name) is not None]
+    channels = [name for name, value in module.named_parameters(recurse=False) if value.numel() > 1]
+    return None if channels else []
+
+
+@torch.no_grad()
+def _is_exact(
+    ffn: nn.Module, output: str, hidden: int, units: tuple[Unit, ...], x: Tensor, arguments: Mapping[str, Any]
+) -> bool:
+    """Whether dropping units 0 and `hidden` - 2 equals not listening to them."""
+    gone = sorted({0, hidden - 2})
+    site = FFNSite("ffn", "", 0, hidden, Layout(grid=(1, 1)), output, units)
+    holder = nn.Module()
+    holder.ffn = copy.deepcopy(ffn)
+    weight = ffn.get_submodule(output).weight
+    weight[:, gone] = 0  # type: ignore[operator]
+    expected = ffn(x, **arguments)
+    try:
+        apply_edits(holder, site.slices(unit for unit in range(hidden) if unit not in gone))
+        found = holder.ffn(x, **arguments)
+    except (RuntimeError, ValueError):
+        return False
+    return bool(torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())))

@@ -132,14 +132,19 @@ class SharedSupernode(nn.Module):
 
 
 class GatedLinear(nn.Module):
-    """The layer that reads an FFN's hidden units, each of which has a gate: W diag(z) h + b."""
+    """The layer that reads an FFN's hidden units, each of which has a gate: W diag(z) h + b.
 
-    def __init__(self, linear: nn.Linear, gate: Gate) -> None:
+    A Linear, or a 1 x 1 convolution, which is the same on a map.
+    """
+
+    def __init__(self, linear: nn.Linear | nn.Conv2d, gate: Gate) -> None:
         super().__init__()
         self.linear, self.gate = linear, gate
 
     def forward(self, hidden: Tensor) -> Tensor:
         # on the weights, not on the activations: the same product, thousands of times cheaper
+        if isinstance(self.linear, nn.Conv2d):
+            return F.conv2d(hidden, self.linear.weight * self.gate()[:, None, None], self.linear.bias)
         return F.linear(hidden, self.linear.weight * self.gate(), self.linear.bias)
 
 

@@ -1,11 +1,17 @@
-"""What hangs on one hidden unit."""
+"""What hangs on one hidden unit, and what cannot be dropped safely."""
 
 from __future__ import annotations
+
+import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from msa2conv.layouts import Layout
+from msa2conv.sites import FFNSite, Given
+from msa2conv.transforms.apply import apply_edits
 from msa2conv.transforms.groups import hidden_units
 
 PAIR = {("fc1.weight", 0), ("fc1.bias", 0), ("fc2.weight", 1)}
@@ -29,26 +35,145 @@ class Normed(nn.Module):
         return self.fc2(self.norm(self.fc1(x)))
 
 
+class Deep(nn.Module):
+    """1x1 convolution, BatchNorm, depthwise 3x3, 1x1 convolution: the FFN of a convolutional pyramid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.norm = nn.Conv2d(8, 12, 1), nn.BatchNorm2d(12)
+        self.mid, self.fc2 = nn.Conv2d(12, 12, 3, padding=1, groups=12), nn.Conv2d(12, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.mid(self.norm(self.fc1(x)).relu()))
+
+
+class Grouped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.mid, self.fc2 = nn.Conv2d(8, 12, 1), nn.Conv2d(12, 12, 3, 1, 1, groups=4), nn.Conv2d(12, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.mid(self.fc1(x)))
+
+
+class Softmaxed(nn.Module):
+    """Couples its hidden units by a function that no graph of layers shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.fc1(x).softmax(-1))
+
+
+class OfSize(nn.Module):
+    """Told the size of its map, as PVTv2's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.dwconv = nn.Conv2d(12, 12, 3, 1, 1, groups=12)
+
+    def forward(self, x: Tensor, feat_size: list[int]) -> Tensor:
+        hidden = self.fc1(x).transpose(1, 2).unflatten(2, feat_size)
+        return self.fc2(self.dwconv(hidden).flatten(2).transpose(1, 2))
+
+
+def glu() -> nn.Module:
+    from timm.layers import GluMlp
+
+    return GluMlp(8, 24)
+
+
 def test_a_plain_ffn() -> None:
     from timm.layers import Mlp
 
-    assert set(hidden_units(Mlp(8, 12), "fc1", (1, 5, 8)) or ()) == PAIR
-    assert set(hidden_units(Mlp(8, 12, bias=False), "fc1", (1, 5, 8)) or ()) == PAIR - {("fc1.bias", 0)}
-    assert set(hidden_units(Mlp(8, 12, drop=0.5), "fc1", (1, 4, 4, 8)) or ()) == PAIR
+    assert set(hidden_units(Mlp(8, 12), "fc2", (1, 5, 8))) == PAIR
+    assert set(hidden_units(Mlp(8, 12, bias=False), "fc2", (1, 5, 8))) == PAIR - {("fc1.bias", 0)}
+    assert set(hidden_units(Mlp(8, 12, drop=0.5), "fc2", (1, 4, 4, 8))) == PAIR
 
 
 def test_a_gate_goes_with_its_units() -> None:
-    assert set(hidden_units(Gated(), "fc1", (1, 5, 8)) or ()) == {*PAIR, ("gate.weight", 0)}
+    assert set(hidden_units(Gated(), "fc2", (1, 5, 8))) == {*PAIR, ("gate.weight", 0)}
 
 
-def test_a_norm_over_the_hidden_units_is_not_safe() -> None:
-    assert hidden_units(Normed(), "fc1", (1, 5, 8)) is None
+def test_a_layer_that_holds_gate_and_value_stands_there_twice() -> None:
+    expected = {*PAIR, ("fc1.weight", 0, 12), ("fc1.bias", 0, 12)}
+    assert set(hidden_units(glu(), "fc2", (1, 5, 8))) == expected
 
 
-@pytest.mark.parametrize("build", [Gated, Normed])
+def test_batch_norms_and_depthwise_convolutions_go_with_their_channel() -> None:
+    units = hidden_units(Deep(), "fc2", (1, 8, 4, 4))
+    norm = {(f"norm.{name}", 0) for name in ("weight", "bias", "running_mean", "running_var")}
+    assert set(units) == {*PAIR, *norm, ("mid.weight", 0), ("mid.bias", 0)}
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, object]]] = {
+    "gated": (Gated, (2, 5, 8), {}),
+    "packed gate": (glu, (2, 5, 8), {}),
+    "convolutions": (Deep, (2, 8, 4, 3), {}),
+    "told its size": (OfSize, (2, 12, 8), {"feat_size": [4, 3]}),
+}
+
+
+@pytest.mark.parametrize(("build", "shape", "arguments"), CASES.values(), ids=CASES.keys())
+@torch.no_grad()
+def test_without_units_it_computes_what_it_did_without_listening_to_them(
+    build: Callable[[], nn.Module], shape: tuple[int, ...], arguments: dict[str, object]
+) -> None:
+    module = build().eval()
+    units = hidden_units(module, "fc2", (1, *shape[1:]), arguments)
+    assert not isinstance(units, str)
+    kept = [0, 1, 4, 5, 6, 9, 11]
+    deaf, holder, x = copy.deepcopy(module), nn.Module(), torch.randn(shape)
+    gone = [unit for unit in range(12) if unit not in kept]
+    deaf.fc2.weight[:, gone] = 0
+    holder.ffn = copy.deepcopy(module)
+    apply_edits(holder, FFNSite("ffn", "", 8, 12, Layout(grid=(1, 1)), "fc2", units).slices(kept))
+    torch.testing.assert_close(holder.ffn(x, **arguments), deaf(x, **arguments), rtol=1e-5, atol=1e-6)
+    assert sum(p.numel() for p in holder.parameters()) < sum(p.numel() for p in module.parameters())
+
+
+REFUSED = {
+    "norm": (Normed(), (1, 5, 8), {}, "its LayerNorm norm couples the hidden units"),
+    "grouped": (Grouped(), (1, 8, 4, 4), {}, "its Conv2d mid couples the hidden units"),
+    "softmax": (
+        Softmaxed(),
+        (1, 5, 8),
+        {},
+        "its output depends on a hidden unit in more ways than through its output layer",
+    ),
+    "tensor": (OfSize(), (1, 12, 8), {"feat_size": Given("Tensor")}, "it is called with 'feat_size', which cannot be"),
+    "wrong size": (OfSize(), (1, 12, 8), {"feat_size": [5, 3]}, "torch-pruning cannot trace it (RuntimeError)"),
+}
+
+
+@pytest.mark.parametrize(("module", "shape", "arguments", "reason"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_cannot_be_dropped_safely_is_named(
+    module: nn.Module, shape: tuple[int, ...], arguments: dict[str, object], reason: str
+) -> None:
+    found = hidden_units(module, "fc2", shape, arguments)
+    assert isinstance(found, str) and found.startswith(reason)
+
+
+def test_an_output_layer_that_mixes_positions_is_refused() -> None:
+    module = nn.Sequential(nn.Conv2d(8, 12, 1), nn.Conv2d(12, 8, 3, padding=1))
+    assert "neither a Linear nor an ungrouped 1 x 1 convolution" in str(hidden_units(module, "1", (1, 8, 4, 4)))
+
+
+@pytest.mark.parametrize("build", [Gated, Normed, Deep])
 def test_the_module_is_only_looked_at(build: type[nn.Module]) -> None:
     module = build().train().requires_grad_(False)
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    hidden_units(module, "fc1", (1, 5, 8))
+    hidden_units(module, "fc2", (1, 8, 4, 8))
     assert module.training and not any(parameter.requires_grad for parameter in module.parameters())
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_weights_on_the_meta_device_do() -> None:
+    from timm.layers import Mlp
+
+    with torch.device("meta"):
+        module = Mlp(8, 12)
+    assert set(hidden_units(module, "fc2", (1, 5, 8))) == PAIR

@@ -64,20 +64,21 @@ def test_projections_are_read_from_the_host_as_it_is_now(vit: Case) -> None:
     assert torch.equal(bias, host.qkv.bias[96:])
 
 
-def gated_mlp(*args: Any, **kwargs: Any) -> nn.Module:
-    from timm.layers import GluMlp
+def normed_glu(*args: Any, norm_layer: Any = None, **kwargs: Any) -> nn.Module:
+    from timm.layers import SwiGLU
 
-    return GluMlp(*args, **kwargs)
+    return SwiGLU(*args, norm_layer=nn.LayerNorm, **kwargs)
 
 
 def test_what_cannot_be_converted_is_refused_with_a_reason() -> None:
     from timm.models.vision_transformer import VisionTransformer
 
-    model = VisionTransformer(**tiny.VIT, mlp_layer=gated_mlp).eval()
+    model = VisionTransformer(**tiny.VIT, mlp_layer=normed_glu).eval()
     seen = msa2conv.inspect(model)
     assert len(seen.claims.attentions) == 3 and not seen.claims.ffns
     assert {item.path for item in seen.claims.refusals} == {f"blocks.{i}.mlp" for i in range(3)}
-    assert all(item.reason and item.reason in str(seen) for item in seen.claims.refusals)
+    assert all("LayerNorm norm couples the hidden units" in item.reason for item in seen.claims.refusals)
+    assert all(item.reason in str(seen) for item in seen.claims.refusals)
 
 
 def test_a_normed_ffn_is_left_dense() -> None:
@@ -88,11 +89,11 @@ def test_a_normed_ffn_is_left_dense() -> None:
 
 
 def test_an_unknown_model_and_two_claims_are_errors(vit: Case) -> None:
-    from msa2conv.adapters.vit import VisionTransformerAdapter
+    from msa2conv.adapters.timm import TIMM
 
     with pytest.raises(NoSitesFound, match="GridAttention"):
         msa2conv.inspect(tiny.build("foreign"), example_inputs=tiny.images("foreign", 1))
-    twice = (VisionTransformerAdapter(), VisionTransformerAdapter())
+    twice = (TIMM, TIMM)
     with pytest.raises(ConflictingClaims, match=r"blocks\.0\.attn"):
         msa2conv.inspect(vit.model, adapters=twice)
 

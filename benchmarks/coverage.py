@@ -1,0 +1,229 @@
+"""Does it work on *my* model? Every timm model with attention is looked at; the smallest of every module is converted.
+
+    python -m benchmarks.coverage                       # all: claims of every model, then one conversion a module
+    python -m benchmarks.coverage --modules davit pit   # some; rows merge
+    python -m benchmarks.coverage --claims-only
+
+Claims are made on the meta device, from one forward pass without weights. A conversion starts from random weights and
+a few random images: it says whether the surgery is right, not how accurate the result is. It aims at 0.85 of the FLOPs
+(or the nearest that can be reached); the laws are checked by `convert`, saving and loading here, and that tokens lie
+where the Layout says by `misplaced`. Writes results/coverage.json and results/claims.json; `python -m benchmarks.table`
+then writes docs/BACKBONES.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+import msa2conv
+from msa2conv.adapters.base import find_sites
+from msa2conv.adapters.build import example_size
+from msa2conv.errors import Msa2ConvError, NoSitesFound
+from msa2conv.levers import FFN, Mixer
+from msa2conv.ops import Skip
+from msa2conv.sites import AttentionSite, Claims, observe
+from msa2conv.transforms.apply import replace_submodule
+
+from .common import write
+
+TARGET, IMAGES, LARGE = 0.85, 8, 12e9
+MODULES = tuple(
+    """
+    beit byoanet byobnet cait coat crossvit csatv2 davit deepseek_vit deit edgenext efficientformer efficientformer_v2
+    efficientvit_msra eva fastvit gcvit gemma4_vit hiera hieradet_sam2 levit maxxvit metaformer mobilenetv3 mobilenetv5
+    mobilevit mvitv2 naflexvit nest nextvit pit pvt_v2 qwen3_vit swiftformer swin_transformer swin_transformer_v2
+    swin_transformer_v2_cr tiny_vit tnt twins visformer vision_transformer vision_transformer_hybrid
+    vision_transformer_relpos vision_transformer_sam vitamin volo xcit
+    """.split()  # noqa: SIM905
+)
+NOTE = """
+The smallest model of every module with attention, random weights, converted at 0.85 of its FLOPs or the nearest that
+can be reached, from 8 random images. It says whether the surgery is right, not how accurate the result is. Kept: FLOPs
+of the hybrid against the original. Laws: largest difference found by lifting and lowering. Tokens off by: with every
+attention silenced, how far the centre of the tokens that hear a change of the image lies from its place, at most, as
+a share of the side; large only where other global layers are left (class, channel or strided attention).
+"""
+# Modules that also hold models without attention: the smallest with attention. The others: the smallest of all.
+SMALLEST = {
+    "byoanet": "botnet26t_256",
+    "byobnet": "gcresnext26ts",
+    "levit": "levit_128s",
+    "maxxvit": "maxvit_rmlp_pico_rw_256",
+    "metaformer": "caformer_s18",
+    "mobilenetv3": "mobilenetv4_hybrid_medium",
+    "pit": "pit_ti_224",
+}
+
+
+def on_meta(name: str, **kwargs: Any) -> nn.Module:
+    """A model without weights."""
+    with torch.device("meta"):
+        return timm.create_model(name, **kwargs).eval()
+
+
+def claims_of(name: str) -> dict[str, Any]:
+    """What is found in a model, without weights; a row of results/claims.json."""
+    row: dict[str, Any] = {"model": name, "attentions": 0, "ffns": 0, "refused": {}, "reason": ""}
+    started = time.perf_counter()
+    try:
+        model = on_meta(name)
+        size = example_size(model)
+        assert size is not None
+        seen = observe(model, torch.zeros(1, *size, device="meta"))
+        found = find_sites(model, seen)
+        row |= {"attentions": len(found.attentions), "ffns": len(found.ffns)}
+        row["refused"] = dict(Counter(f"{item.kind}: {item.reason}" for item in found.refusals))
+    except NoSitesFound as error:
+        row["reason"] = error.found
+    except (Msa2ConvError, RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
+        row["reason"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    return row | {"seconds": round(time.perf_counter() - started, 1)}
+
+
+@torch.no_grad()
+def misplaced(model: nn.Module, found: Claims, size: tuple[int, ...]) -> float:
+    """How far tokens lie from where their Layout says, as the largest share of the grid's side found.
+
+    With every attention silenced what is left is local: a change of the image is heard by the tokens at its place.
+    (Not by gradients: PyTorch 2.15 on CPU gives wrong ones for TinyViT's BatchNorms in eval mode.)
+    """
+    probe = copy.deepcopy(model).double()
+    heard: dict[str, torch.Tensor] = {}
+    for site in found.attentions:
+        mixer = Skip().build(site.io)
+        replace_submodule(probe, site.path, mixer)
+        mixer.register_forward_pre_hook(
+            lambda _m, args, site=site: heard.__setitem__(site.path, site.layout.to_map(args[0])[1])
+        )
+    image = torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).double()
+    probe(image)
+    before, worst = dict(heard), 0.0
+    for place in ((0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 0.75)):
+        changed = image.clone()
+        rows, columns = (
+            slice(int(s * at) - s // 32, int(s * at) + s // 32) for s, at in zip(size[1:], place, strict=True)
+        )
+        changed[:, :, rows, columns] += 1
+        probe(changed)
+        for path, map_BCHW in heard.items():
+            change_HW = (map_BCHW - before[path])[0].square().sum(0)
+            for axis, at in enumerate(place):
+                share = change_HW.sum(1 - axis)
+                if share.sum() > 0:
+                    centre = ((torch.arange(len(share)) + 0.5) * share).sum() / share.sum() / len(share)
+                    worst = max(worst, abs(float(centre) - at))
+    return worst
+
+
+def convert_one(module: str, name: str, seed: int) -> dict[str, Any]:
+    """Convert one model and check the result; a row of results/coverage.json."""
+    torch.manual_seed(seed)
+    model = timm.create_model(name).eval()
+    size = example_size(model)
+    assert size is not None
+    row: dict[str, Any] = {"module": module, "model": name}
+    try:
+        seen = msa2conv.inspect(model)
+    except NoSitesFound as error:
+        return row | {"verdict": "nothing to convert", "reason": error.found}
+    row |= {"GFLOPs": round(seen.costs.base / 1e9, 2), "attention": f"{seen.share(AttentionSite):.0%}"}
+    row |= {"attentions": len(seen.claims.attentions), "FFNs": len(seen.claims.ffns)}
+    levers = (Mixer(), FFN()) if seen.costs.base < LARGE else (Mixer(ops=("skip", "conv1x1"), rank=0.25),)
+    seen = msa2conv.inspect(model, levers=levers)
+    target = max(TARGET, round(seen.floor / seen.costs.base + 0.02, 3))
+    started = time.perf_counter()
+    images = torch.randn(IMAGES, *size, generator=torch.Generator().manual_seed(seed))
+    result = msa2conv.convert(model, target, data=images, levers=levers, seed=seed, progress=False)
+    took = time.perf_counter() - started
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        again = msa2conv.load(result.save(Path(folder) / "hybrid.safetensors"), model)
+        x = images[:2]
+        same = torch.equal(again(x), result.model(x)) if isinstance(result.model(x), torch.Tensor) else None
+    tried = [len([o for o in options if o.edits]) for path, options in result.calibration.options().items()]
+    changed = [path for path in result.plan.choices if result.plan.choices[path] != "attention"]
+    row |= {
+        "target": target,
+        "kept": f"{result.plan.flops / result.plan.base.flops:.4f}",
+        "options": sum(tried),
+        "changed sites": len(changed),
+        "laws": ", ".join(f"{law} {value:.0e}" for law, value in result.report.laws.items()),
+        "reloaded": "same bits" if same else "differs",
+        "tokens off by": f"{misplaced(model, seen.claims, size):.0%}",
+        "seconds": round(took),
+    }
+    replaced = [o for site in seen.claims.attentions for o in result.calibration.options()[site.path] if o.edits]
+    works = bool(replaced) and result.plan.flops <= target * result.plan.base.flops and same
+    return row | {"verdict": "works" if works else "fails", "reason": ""}
+
+
+def of_all_models(modules: list[str]) -> Iterator[tuple[str, str]]:
+    for module in modules:
+        for name in timm.list_models(module=module):
+            yield module, name
+
+
+def has_attention(row: dict[str, Any]) -> bool:
+    """Whether anything that looks like attention was seen, claimed or not."""
+    return bool(row["attentions"] or row["refused"] or row["reason"] != "no attention module at all")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modules", nargs="+", default=MODULES, choices=MODULES, metavar="MODULE")
+    parser.add_argument("--claims-only", action="store_true")
+    parser.add_argument("--conversions-only", action="store_true")
+    parser.add_argument("--one", nargs=2, metavar=("MODULE", "MODEL"), help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if args.one:
+        print(json.dumps(convert_one(*args.one, args.seed)))
+        return
+    if not args.conversions_only:
+        claims = [{"module": module, **claims_of(name)} for module, name in of_all_models(args.modules)]
+        note = "Sites claimed and refused in every timm model, from one forward pass on the meta device."
+        write("claims", "python -m benchmarks.coverage --claims-only", args.seed, claims, note, key="module")
+    if args.claims_only:
+        return
+    for module in args.modules:
+        row = _in_its_own_process(module, _smallest(module), args.seed)
+        print(json.dumps(row), flush=True)
+        write(
+            "coverage", "python -m benchmarks.coverage", args.seed, [row], " ".join(__doc__.split()[12:]), key="module"
+        )
+
+
+def _smallest(module: str) -> str:
+    if module in SMALLEST:
+        return SMALLEST[module]
+    names = timm.list_models(module=module)
+    return min(names, key=lambda name: sum(p.numel() for p in on_meta(name).parameters()))
+
+
+def _in_its_own_process(module: str, name: str, seed: int) -> dict[str, Any]:
+    """So that a crash or a lack of memory is a row, not the end."""
+    command = [sys.executable, "-m", "benchmarks.coverage", "--one", module, name, "--seed", str(seed)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1])
+    reason = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1][:300]
+    return {"module": module, "model": name, "verdict": "fails", "reason": reason}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""Adapters by declaration: what a class of attention or FFN is called, where its tokens lie and its weights are."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+from ..layouts import Layout
+from ..ops import IO
+from ..sites import AttentionSite, Call, Claims, FFNSite, Observation, Projections, Refusal, Rows, Site, Unit
+from ..transforms.groups import hidden_units
+from .geometry import Geometry, Place, Unknown, prefix_of
+from .paths import block_of
+
+_NARROW = 8  # channels; an "FFN" of fewer is not one
+Where = Callable[[Any], Projections | None]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One class of attention.
+
+    Args:
+        layout: how its tokens lie on the image (`geometry`).
+        heads: attribute that holds the number of heads; None for one head.
+        projections: reads off where the weights are kept by heads; None where they are not.
+        ignored: arguments that a convolution needs not: a grid size, rotary or relative positions, the mask that keeps
+            windows of a rolled map apart. Any other argument is refused by name.
+        returns, echo: see `IO`.
+    """
+
+    layout: Geometry
+    heads: str | None = "num_heads"
+    projections: Where | None = None
+    ignored: tuple[str, ...] = ()
+    returns: Literal["tensor", "tuple", "echo"] = "tensor"
+    echo: str | None = None
+
+
+@dataclass(frozen=True)
+class FFN:
+    """One class of FFN: the layer that reads its hidden units. Which parameters hang on them is found by tracing."""
+
+    output: str = "fc2"
+
+
+@dataclass(frozen=True)
+class Declarations:
+    """An adapter that recognises modules by their class.
+
+    Args:
+        name: of the family, for messages.
+        attentions, ffns: {qualified class name: what it is}.
+        left: {qualified class name: why such a module is left as it is}.
+
+    Example:
+        MINE = Declarations("mine", attentions={"my.net.Attention": Attention(tokens(prefix=1))},
+                            ffns={"my.net.Mlp": FFN("down")})
+        msa2conv.convert(model, 0.7, adapters=[MINE])
+    """
+
+    name: str
+    attentions: Mapping[str, Attention] = field(default_factory=dict)
+    ffns: Mapping[str, FFN] = field(default_factory=dict)
+    left: Mapping[str, str] = field(default_factory=dict)
+
+    def claims(self, model: nn.Module, seen: Observation) -> Claims:
+        found: list[Site | Refusal] = []
+        groups: dict[Any, tuple[Unit, ...] | str] = {}  # FFNs of one shape hang together in the same way
+        for path, module in model.named_modules():
+            kind = f"{type(module).__module__}.{type(module).__qualname__}"
+            if kind in self.left:
+                found.append(Refusal(path, type(module).__name__, self.left[kind]))
+            elif kind in self.attentions or kind in self.ffns:
+                call = seen.once(path)
+                if call is None or call.x is None:
+                    times = len(seen.calls.get(path, []))
+                    reason = f"it ran {times} times in one forward pass instead of once"
+                    found.append(Refusal(path, type(module).__name__, reason))
+                    continue
+                if kind in self.ffns and (call.out != call.x or _width(module, self.ffns[kind]) < _NARROW):
+                    continue  # a head, or an MLP that makes relative positions
+                place = Place(model, module, path, call, seen)
+                try:
+                    if kind in self.attentions:
+                        found.append(_attention(place, self.attentions[kind]))
+                    else:
+                        found.append(_ffn(place, self.ffns[kind], groups))
+                except Unknown as reason:
+                    found.append(Refusal(path, type(module).__name__, str(reason)))
+        return Claims.of(found)
+
+
+def _attention(place: Place, kind: Attention) -> AttentionSite:
+    call, module = place.call, place.module
+    if call.out != call.x:
+        raise Unknown(f"its output {call.out} has not the shape of its input {call.x}")
+    heeded = [name for name in call.arguments if name not in kind.ignored]
+    if heeded:
+        raise Unknown(f"it is called with {heeded[0]!r}, which a convolution cannot honour")
+    layout = kind.layout(place)
+    dim = place.x[layout.channels]
+    count = place.attribute(kind.heads) if kind.heads else 1
+    heads = int(count) if isinstance(count, int) and 0 < count <= dim else 1
+    named = kind.projections(module) if kind.projections else None
+    head_dim = named.head_dim if named else max(1, dim // heads)
+    return AttentionSite(place.path, block_of(place.path), dim, heads, head_dim, layout, _io(module, kind, call), named)
+
+
+def _io(module: nn.Module, kind: Attention, call: Call) -> IO:
+    names = [
+        name
+        for name, parameter in inspect.signature(module.forward).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    x, rest = names[0], tuple(names[1:])
+    absent = tuple(name for name in rest if name not in kind.ignored)
+    positional = rest if kind.ignored else ()
+    ignored = tuple(name for name in kind.ignored if name in rest)
+    return IO(returns=kind.returns, x=x, positional=positional, ignored=ignored, absent=absent, echo=kind.echo)
+
+
+def _width(module: nn.Module, kind: FFN) -> int:
+    output: Any = module.get_submodule(kind.output)
+    return int(output.weight.shape[0])
+
+
+def _ffn(place: Place, kind: FFN, groups: dict[Any, tuple[Unit, ...] | str]) -> FFNSite:
+    module, call = place.module, place.call
+    key = (repr(module), call.x, tuple(sorted((k, str(v)) for k, v in call.arguments.items())))
+    if key not in groups:
+        groups[key] = hidden_units(module, kind.output, place.x, call.arguments)
+    units = groups[key]
+    if isinstance(units, str):
+        raise Unknown(f"{units}: left dense")
+    output: Any = module.get_submodule(kind.output)
+    dim, hidden = output.weight.shape[:2]
+    layout = _positions(place, output)
+    return FFNSite(place.path, block_of(place.path), dim, hidden, layout, kind.output, units)
+
+
+def _positions(place: Place, output: nn.Module) -> Layout:
+    """How many tokens an FFN sees, and which of them are prefix tokens; not where they lie."""
+    x = place.x
+    if isinstance(output, nn.Conv2d):
+        return Layout(pattern="b c h w", grid=(x[2], x[3]))
+    if len(x) != 3 or x[0] != 1:
+        return Layout(pattern="b h w c", grid=(math.prod(x[:-1]), 1))
+    try:
+        prefix = prefix_of(place)
+    except Unknown:
+        prefix = 0
+    return Layout(grid=(x[1] - prefix, 1), prefix=prefix) if prefix < x[1] else Layout(grid=(x[1], 1))
+
+
+# Where weights are kept by heads
+
+
+def qkv(layer: str = "qkv", out: str = "proj", plain: bool = False) -> Where:
+    """One Linear for q, k and v, in this order, each by heads.
+
+    Args:
+        layer, out: names of the Linear layers.
+        plain: with no q/k-norm, gate or output norm in the module, it is softmax(scale q k^T) v and nothing else.
+    """
+
+    def read(module: Any) -> Projections | None:
+        joined, last = getattr(module, layer, None), getattr(module, out, None)
+        heads = getattr(module, "num_heads", None)
+        if not isinstance(joined, nn.Linear) or not isinstance(last, nn.Linear) or not isinstance(heads, int):
+            return None
+        inner = last.in_features
+        if joined.out_features != 3 * inner or inner % heads:
+            return None
+        if getattr(module, "head_first", False):
+            return None  # q, k and v of a head lie together
+        parts = [getattr(module, name, None) for name in ("q_norm", "k_norm", "norm", "gate")]
+        bias = "v_bias" if isinstance(getattr(module, "v_bias", None), nn.Parameter) else None
+        bare = plain and bias is None and all(isinstance(part, (nn.Identity, type(None))) for part in parts)
+        return Projections(
+            v=Rows(layer, 2 * inner, 3 * inner, bias),
+            out=Rows(out),
+            heads=heads,
+            head_dim=inner // heads,
+            q=Rows(layer, 0, inner) if bare else None,
+            k=Rows(layer, inner, 2 * inner) if bare else None,
+            scale=float(module.scale) if bare else None,
+        )
+
+    return read
+
+
+def separate(v: str = "v", out: str = "proj", half: bool = False) -> Where:
+    """A Linear of its own for v (the second half of it, where it holds k and v)."""
+
+    def read(module: Any) -> Projections | None:
+        values, last = getattr(module, v, None), getattr(module, out, None)
+        heads = getattr(module, "num_heads", None)
+        if not isinstance(values, nn.Linear) or not isinstance(last, nn.Linear) or not isinstance(heads, int):
+            return None
+        inner = last.in_features
+        if values.out_features != (2 * inner if half else inner) or inner % heads:
+            return None
+        rows = Rows(v, inner, 2 * inner) if half else Rows(v)
+        return Projections(v=rows, out=Rows(out), heads=heads, head_dim=inner // heads)
+
+    return read
+
+
+__all__ = ["FFN", "Attention", "Declarations", "qkv", "separate"]

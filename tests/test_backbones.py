@@ -1,0 +1,124 @@
+"""Every way in which timm lays tokens out: what is found, where tokens lie, and that the surgery is right."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import backbones
+import pytest
+import torch
+from torch import Tensor, nn
+
+import msa2conv
+from msa2conv.cost import count_flops
+from msa2conv.ops import Skip
+from msa2conv.options import Option
+from msa2conv.report.inspection import Inspection
+from msa2conv.transforms.apply import replace_submodule
+from msa2conv.workbench import working_copy
+
+FAMILIES = pytest.mark.parametrize("family", backbones.TINY)
+# What is left without the claimed attentions still looks at the whole map: class, channel or strided attention.
+NOT_LOCAL = ("levit", "efficientformer_v2", "gcvit")
+
+
+@cache
+def inspected(family: str) -> tuple[nn.Module, Inspection]:
+    model = working_copy(backbones.build(family))
+    return model, msa2conv.inspect(model, example_inputs=backbones.images(family, 1))
+
+
+@FAMILIES
+def test_what_is_found(family: str) -> None:
+    _, seen = inspected(family)
+    layout = seen.claims.attentions[0].layout
+    found = f"{layout.pattern} @ {layout.grid[0]}x{layout.grid[1]}+{layout.prefix}"
+    expected = backbones.TINY[family]
+    assert (len(seen.claims.attentions), len(seen.claims.ffns)) == (expected.attentions, expected.ffns)
+    assert found == expected.layout
+    assert all(item.reason for item in seen.claims.refusals)
+
+
+@FAMILIES
+def test_it_converts(family: str, tmp_path: Path) -> None:
+    """`convert` checks lifting, lowering, costs and budget; here that every kind of option is right, and the file."""
+    model, seen = inspected(family)
+    images = backbones.images(family)
+    target = max(0.8, 1.02 * seen.floor / seen.costs.base)
+    result = msa2conv.convert(model, target, data=images, example_inputs=images[:1], progress=False)
+    assert 0.99 * target <= result.plan.flops / result.plan.base.flops <= target
+    options = result.calibration.options()
+    replaced = [o for site in seen.claims.attentions for o in options[site.path] if o.edits]
+    assert {o.name for o in replaced} >= {"skip", "constant", "conv1x1"}
+    for pick in (lambda group: group[-1], lambda group: min(group, key=lambda option: option.flops)):
+        choices: dict[str, Option] = {path: pick(group) for path, group in options.items()}
+        plan, tensors = msa2conv.make_plan(model, seen, choices)
+        hybrid = msa2conv.apply(plan, model, tensors)
+        assert count_flops(hybrid, images) == plan.flops
+        assert torch.isfinite(output(hybrid, images)).all()
+    again = msa2conv.load(result.save(tmp_path / "hybrid.safetensors"), model)
+    assert torch.equal(output(again, images), output(result.model, images))
+    together, alone = output(result.model, images[:3]), output(result.model, images[1:2])
+    assert float((together[1:2] - alone).abs().max()) <= 1e-5 * max(1.0, float(alone.abs().max()))
+
+
+@torch.no_grad()
+def output(model: nn.Module, images: Tensor) -> Tensor:
+    out = model.eval()(images)
+    return out[0] if isinstance(out, tuple) else out
+
+
+@pytest.mark.parametrize("family", [name for name in backbones.TINY if name not in NOT_LOCAL])
+@torch.no_grad()
+def test_tokens_lie_where_the_layout_says(family: str) -> None:
+    """With every attention silenced the rest is local: a change of the image is heard by the tokens at its place."""
+    _, seen = inspected(family)
+    probe = working_copy(backbones.untrained(family)).double()  # its convolutions are small beside its shortcuts
+    heard: dict[str, Tensor] = {}
+    for site in seen.claims.attentions:
+        replace_submodule(probe, site.path, Skip().build(site.io))
+        probe.get_submodule(site.path).register_forward_pre_hook(
+            lambda _m, args, site=site: heard.__setitem__(site.path, site.layout.to_map(args[0])[1])
+        )
+    image = backbones.images(family, 1).double()
+    probe(image)
+    before = dict(heard)
+    height, width = image.shape[-2:]
+    for row, column in ((0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 0.75)):
+        changed = image.clone()
+        rows, columns = (slice(int(side * at) - 2, int(side * at) + 2) for side, at in ((height, row), (width, column)))
+        changed[:, :, rows, columns] += 1
+        probe(changed)
+        for site in seen.claims.attentions:
+            change_HW = (heard[site.path] - before[site.path])[0].square().sum(0)
+            for share, side, at in ((change_HW.sum(1), 0, row), (change_HW.sum(0), 1, column)):
+                cells = site.layout.grid[side]
+                if cells < 4:
+                    continue  # a convolution before it hears all of them
+                centre = float((share * (torch.arange(cells) + 0.5)).sum() / share.sum())
+                assert abs(centre - at * cells) < 0.1 * cells + 0.5, (site.path, row, column)
+
+
+@FAMILIES
+@torch.no_grad()
+def test_projections_are_where_they_are_said_to_be(family: str) -> None:
+    """Without W_v and b_v an attention's output is constant; without W_o it is nothing but its bias."""
+    model, seen = inspected(family)
+    for site in {site.dim: site for site in seen.claims.attentions}.values():
+        if site.projections is None:
+            continue
+        for rows, constant in ((site.projections.v, True), (site.projections.out, True)):
+            probe = working_copy(model)
+            outputs: list[Tensor] = []
+            host = probe.get_submodule(site.path)
+            host.register_forward_hook(lambda _m, _a, out, kept=outputs: kept.append(out))
+            probe(backbones.images(family, 2))
+            weight, bias = rows.read(host)
+            weight.zero_()
+            if bias is not None and rows is site.projections.v:
+                bias.zero_()
+            probe(backbones.images(family, 2))
+            before, after = (out.reshape(-1, site.dim) for out in outputs)
+            assert float(before.std(0).max()) > 1e-3
+            assert constant and float((after - after[:1]).abs().max()) < 1e-5
