@@ -121,10 +121,12 @@ class _Counted(nn.Module):
     def _keep(self, mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(mixer, TokenMixer)
         given = mixer.io.arguments(args, kwargs).values()
-        self.ignored += [value for value in given if isinstance(value, Tensor) and value.is_floating_point()]
+        # the tracer also wants all outputs to depend on the inputs, which a mask or a rotary embedding does not
+        self.ignored += [value + 0 * self.anchor for value in given if isinstance(value, Tensor)]
 
     def forward(self, inputs: Tensor) -> Any:
         self.ignored.clear()
+        self.anchor = inputs.sum()
         out = self.model(inputs)
         return (out, tuple(self.ignored)) if self.ignored else out
 

@@ -202,7 +202,7 @@ def load(path: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Mod
     skeleton = _on_meta(model)
     apply_edits(skeleton, plan.edits)
     _check_state(skeleton, tensors, source)
-    # Cloned: in the file tensors lie at any address, and a product of small matrices can differ in its last bits by that.
+    # Cloned: in the file tensors lie at any address, and a small matrix product can differ in its last bits by that.
     skeleton.load_state_dict({name: value.clone() for name, value in tensors.items()}, strict=True, assign=True)
     _restore_unsaved_buffers(skeleton, model)
     for parameter in skeleton.parameters():

@@ -96,7 +96,7 @@ TINY = {
         4,
         "(b nh nw) h w c @ 32x32+0",
     ),
-    "mobilevit": Tiny("mobilevit_xxs", _S, (64, 96), 9, 9, "(b nh nw) (h w) c @ 8x12+0"),
+    "mobilevit": Tiny("mobilevit_xxs", _S, (96, 128), 9, 9, "(b nh nw) (h w) c @ 12x16+0"),
     "mvitv2": Tiny(
         "mvitv2.MultiScaleVit",
         {**_S, "img_size": 64, "cfg": MultiScaleVitCfg(depths=(2, 2), embed_dim=16, stride_q=((1, 1), (2, 2)))},
@@ -113,7 +113,6 @@ TINY = {
         3,
         "b (nh nw) (h w) c @ 16x16+0",
     ),
-    "nextvit": Tiny("nextvit_small", _S, (64, 64), 4, 20, "b (h w) c @ 8x8+0"),
     "pit": Tiny(
         "pit_ti_distilled_224",
         {**_S, "img_size": 64, "base_dims": (16, 16), "depth": (1, 1), "heads": (1, 2)},
@@ -188,7 +187,6 @@ TINY = {
         2,
         "b c h w @ 4x4+0",
     ),
-    "vitamin": Tiny("vitamin_small_224", {**_S, "img_size": 64}, (64, 64), 14, 14, "b (h w) c @ 4x4+0"),
     "volo": Tiny(
         "volo.VOLO",
         {**_S, "img_size": 64, "layers": (1, 1), "embed_dims": (24, 32), "num_heads": (2, 2), "stem_hidden_dim": 8},
