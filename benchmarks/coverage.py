@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,7 @@ from torch import nn
 import msa2conv
 from msa2conv.adapters.base import find_sites
 from msa2conv.adapters.build import example_size
+from msa2conv.adapters.timm import TIMM
 from msa2conv.errors import Msa2ConvError, NoSitesFound
 from msa2conv.levers import FFN, Mixer
 from msa2conv.ops import Skip
@@ -70,6 +72,9 @@ SMALLEST = {
 }
 
 
+_SHAPE = r" \([0-9, ]+\)"
+
+
 def on_meta(name: str, **kwargs: Any) -> nn.Module:
     """A model without weights."""
     with torch.device("meta"):
@@ -85,11 +90,14 @@ def claims_of(name: str) -> dict[str, Any]:
         size = example_size(model)
         assert size is not None
         seen = observe(model, torch.zeros(1, *size, device="meta"))
-        found = find_sites(model, seen)
-        row |= {"attentions": len(found.attentions), "ffns": len(found.ffns)}
-        row["refused"] = dict(Counter(f"{item.kind}: {item.reason}" for item in found.refusals))
-    except NoSitesFound as error:
-        row["reason"] = error.found
+        try:
+            found = find_sites(model, seen)
+            row |= {"attentions": len(found.attentions), "ffns": len(found.ffns)}
+        except NoSitesFound as error:
+            found = TIMM.claims(model, seen)
+            row["reason"] = "" if found.refusals else error.found
+        kinds = Counter(f"{item.kind}: {re.sub(_SHAPE, '', item.reason)}" for item in found.refusals)
+        row["refused"] = {what: times for what, times in kinds.items() if "left dense" not in what or found.sites}
     except (Msa2ConvError, RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
         row["reason"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
     return row | {"seconds": round(time.perf_counter() - started, 1)}
@@ -175,11 +183,6 @@ def of_all_models(modules: list[str]) -> Iterator[tuple[str, str]]:
     for module in modules:
         for name in timm.list_models(module=module):
             yield module, name
-
-
-def has_attention(row: dict[str, Any]) -> bool:
-    """Whether anything that looks like attention was seen, claimed or not."""
-    return bool(row["attentions"] or row["refused"] or row["reason"] != "no attention module at all")
 
 
 def main() -> None:

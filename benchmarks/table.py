@@ -19,6 +19,8 @@ from .common import RESULTS
 
 ROOT = Path(__file__).parent.parent
 SHOWN = (ROOT / "README.md", ROOT / "examples" / "fashion" / "README.md")  # files with marked tables
+LISTED = ("claims", "coverage")  # in docs/BACKBONES.md
+NO_ATTENTION = "no attention module at all"
 _MARKED = re.compile(r"(<!-- table: (\w+)(?: without ([^>]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -46,12 +48,51 @@ def filled(text: str) -> str:
     return _MARKED.sub(fill, text)
 
 
+def backbones() -> str:
+    """docs/BACKBONES.md: one conversion a module, then what is found in every model."""
+    claims: dict[str, Any] = json.loads((RESULTS / "claims.json").read_text())
+    rows = sorted(claims["rows"], key=lambda row: (row["module"], row["model"]))
+    seen = [row for row in rows if row["attentions"] or row["refused"] or row["reason"] != NO_ATTENTION]
+    claimed = [row for row in seen if row["attentions"]]
+    works = [row for row in json.loads((RESULTS / "coverage.json").read_text())["rows"] if row["verdict"] == "works"]
+    lines = [
+        "# Backbones",
+        "",
+        f"timm {claims['versions']['timm']} has {len(seen)} models with attention in {len({r['module'] for r in seen})} modules. "
+        f"{len(claimed)} of them are claimed: at least one of their attentions can be turned into a convolution. "
+        f"The smallest model of each module was converted; {len(works)} modules work.",
+        "",
+        "Written by `python -m benchmarks.table` from what `python -m benchmarks.coverage` measures.",
+        "",
+        "## One conversion a module",
+        "",
+        render("coverage"),
+        "",
+        "## Every model",
+        "",
+        "Attentions and FFNs that are claimed, and what is left as it is.",
+        "",
+        "| module | model | attentions | FFNs | left as they are |",
+        "|---|---|---|---|---|",
+    ]
+    for row in seen:
+        left = "; ".join(f"{times} {what}" for what, times in row["refused"].items()) or row["reason"]
+        lines.append(f"| {row['module']} | {row['model']} | {row['attentions']} | {row['ffns']} | {left} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     wanted = {path: filled(path.read_text()) for path in SHOWN}
-    wanted |= {path.with_suffix(".md"): f"# {path.stem}\n\n{render(path.stem)}\n" for path in RESULTS.glob("*.json")}
+    wanted |= {
+        path.with_suffix(".md"): f"# {path.stem}\n\n{render(path.stem)}\n"
+        for path in RESULTS.glob("*.json")
+        if path.stem not in LISTED
+    }
+    if (RESULTS / "claims.json").is_file() and (RESULTS / "coverage.json").is_file():
+        wanted[ROOT / "docs" / "BACKBONES.md"] = backbones()
     stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]
     if args.check and stale:
         sys.exit(f"stale tables: {', '.join(path.name for path in stale)}; run python -m benchmarks.table")

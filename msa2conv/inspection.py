@@ -28,7 +28,7 @@ def inspect(
     """Show every attention found, its geometry, where the FLOPs are, and what budget can be reached. Changes nothing.
 
     Args:
-        model: any module; timm's ViT family and Swin are known.
+        model: any module; timm's backbones are known, others take an adapter.
         example_inputs: a float tensor [B, C, H, W]; by default noise of the size the model declares.
         levers: what may change; decides the floor.
         adapters: who looks for sites; the built-in ones by default.

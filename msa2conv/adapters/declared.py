@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
@@ -55,45 +55,52 @@ class Declarations:
 
     Args:
         name: of the family, for messages.
-        attentions, ffns: {qualified class name: what it is}.
-        left: {qualified class name: why such a module is left as it is}.
+        attentions, ffns: {class: what it is}; a class, or its qualified name where importing it would cost something.
+        left: {class: why such a module is left as it is}.
 
     Example:
-        MINE = Declarations("mine", attentions={"my.net.Attention": Attention(tokens(prefix=1))},
-                            ffns={"my.net.Mlp": FFN("down")})
-        msa2conv.convert(model, 0.7, adapters=[MINE])
+        mine = Declarations("mine", {MyAttention: Attention(tokens(prefix=1))}, {MyMlp: FFN("down")})
+        msa2conv.convert(model, 0.7, adapters=[mine])
     """
 
     name: str
-    attentions: Mapping[str, Attention] = field(default_factory=dict)
-    ffns: Mapping[str, FFN] = field(default_factory=dict)
-    left: Mapping[str, str] = field(default_factory=dict)
+    attentions: Mapping[str | type, Attention] = field(default_factory=dict)
+    ffns: Mapping[str | type, FFN] = field(default_factory=dict)
+    left: Mapping[str | type, str] = field(default_factory=dict)
 
     def claims(self, model: nn.Module, seen: Observation) -> Claims:
         found: list[Site | Refusal] = []
         groups: dict[Any, tuple[Unit, ...] | str] = {}  # FFNs of one shape hang together in the same way
         for path, module in model.named_modules():
-            kind = f"{type(module).__module__}.{type(module).__qualname__}"
-            if kind in self.left:
-                found.append(Refusal(path, type(module).__name__, self.left[kind]))
-            elif kind in self.attentions or kind in self.ffns:
+            attention, ffn, left = (_of(module, known) for known in (self.attentions, self.ffns, self.left))
+            if left is not None:
+                found.append(Refusal(path, type(module).__name__, left))
+            elif attention is not None or ffn is not None:
                 call = seen.once(path)
                 if call is None or call.x is None:
                     times = len(seen.calls.get(path, []))
                     reason = f"it ran {times} times in one forward pass instead of once"
                     found.append(Refusal(path, type(module).__name__, reason))
                     continue
-                if kind in self.ffns and (call.out != call.x or _width(module, self.ffns[kind]) < _NARROW):
+                if ffn is not None and (call.out != call.x or _width(module, ffn) < _NARROW):
                     continue  # a head, or an MLP that makes relative positions
                 place = Place(model, module, path, call, seen)
                 try:
-                    if kind in self.attentions:
-                        found.append(_attention(place, self.attentions[kind]))
-                    else:
-                        found.append(_ffn(place, self.ffns[kind], groups))
+                    if attention is not None:
+                        found.append(_attention(place, attention))
+                    elif ffn is not None:
+                        found.append(_ffn(place, ffn, groups))
                 except Unknown as reason:
                     found.append(Refusal(path, type(module).__name__, str(reason)))
         return Claims.of(found)
+
+
+Known = TypeVar("Known")
+
+
+def _of(module: nn.Module, known: Mapping[str | type, Known]) -> Known | None:
+    kind = type(module)
+    return known.get(kind, known.get(f"{kind.__module__}.{kind.__qualname__}"))
 
 
 def _attention(place: Place, kind: Attention) -> AttentionSite:
