@@ -58,9 +58,10 @@ def backbones() -> str:
     lines = [
         "# Backbones",
         "",
-        f"timm {claims['versions']['timm']} has {len(seen)} models with attention in {len({r['module'] for r in seen})} modules. "
-        f"{len(claimed)} of them are claimed: at least one of their attentions can be turned into a convolution. "
-        f"The smallest model of each module was converted; {len(works)} modules work.",
+        f"timm {claims['versions']['timm']} has {len(seen)} models with attention in "
+        f"{len({row['module'] for row in seen})} modules. {len(claimed)} of them are claimed: at least one of their "
+        "attentions can be turned into a convolution. The smallest model of each module was converted; "
+        f"{len(works)} modules work.",
         "",
         "Written by `python -m benchmarks.table` from what `python -m benchmarks.coverage` measures.",
         "",

@@ -129,8 +129,9 @@ def convert(
     happens.
 
     Args:
-        model: a trained network; every timm backbone with softmax attention over a map is known. DataParallel, DDP and `torch.compile` are
-            unwrapped, half precision is calibrated in float32 and returned in half, any device and mode.
+        model: a trained network; every timm backbone with softmax attention over a map is known, others take an
+            adapter. DataParallel, DDP and `torch.compile` are unwrapped, half precision is calibrated in float32 and
+            returned in half, any device and mode.
         flops_target: 0.7 (fraction), "70%", "3.3G" or 3.3e9: multiply-adds of one forward pass at batch 1.
         data: calibration images, normalised as the model expects: an iterable of batches [b, C, H, W] or of tuples
             that start with one, a Dataset, a DataLoader or a tensor. None: photos shipped with msa2conv; your own

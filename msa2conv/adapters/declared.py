@@ -18,6 +18,8 @@ from .geometry import Geometry, Place, Unknown, prefix_of
 from .paths import block_of
 
 _NARROW = 8  # channels; an "FFN" of fewer is not one
+Known = TypeVar("Known")
+ByClass = Mapping[str, Known] | Mapping[type, Known]
 Where = Callable[[Any], Projections | None]
 
 
@@ -64,9 +66,9 @@ class Declarations:
     """
 
     name: str
-    attentions: Mapping[str | type, Attention] = field(default_factory=dict)
-    ffns: Mapping[str | type, FFN] = field(default_factory=dict)
-    left: Mapping[str | type, str] = field(default_factory=dict)
+    attentions: ByClass[Attention] = field(default_factory=dict)
+    ffns: ByClass[FFN] = field(default_factory=dict)
+    left: ByClass[str] = field(default_factory=dict)
 
     def claims(self, model: nn.Module, seen: Observation) -> Claims:
         found: list[Site | Refusal] = []
@@ -95,12 +97,10 @@ class Declarations:
         return Claims.of(found)
 
 
-Known = TypeVar("Known")
-
-
-def _of(module: nn.Module, known: Mapping[str | type, Known]) -> Known | None:
+def _of(module: nn.Module, known: ByClass[Known]) -> Known | None:
     kind = type(module)
-    return known.get(kind, known.get(f"{kind.__module__}.{kind.__qualname__}"))
+    names: Mapping[Any, Known] = known
+    return names.get(kind, names.get(f"{kind.__module__}.{kind.__qualname__}"))
 
 
 def _attention(place: Place, kind: Attention) -> AttentionSite:
