@@ -96,7 +96,7 @@ def flops_by_module(model: nn.Module, inputs: Tensor) -> Counter[str]:
         unknown = {name: times for name, times in analysis.unsupported_ops().items() if name not in ZERO_FLOPS}
     if unknown:
         raise UncountedOperator(
-            type(model).__name__,
+            type(model.model).__name__,
             "operators without a FLOPs rule: " + ", ".join(f"{name} ({times}x)" for name, times in unknown.items()),
             "operators that the counter knows",
             "Add them to msa2conv.cost (ZERO_FLOPS, or a handle) rather than report a wrong figure.",

@@ -17,7 +17,7 @@ from ..transforms.groups import hidden_units
 from .geometry import Geometry, Place, Unknown, prefix_of
 from .paths import block_of
 
-_NARROW = 8  # channels; an "FFN" of fewer is not one
+_NARROW = 4  # channels; relative positions have two or three, an FFN has more
 Known = TypeVar("Known")
 ByClass = Mapping[str, Known] | Mapping[type, Known]
 Where = Callable[[Any], Projections | None]
@@ -74,7 +74,7 @@ class Declarations:
         found: list[Site | Refusal] = []
         groups: dict[Any, tuple[Unit, ...] | str] = {}  # FFNs of one shape hang together in the same way
         for path, module in model.named_modules():
-            attention, ffn, left = (_of(module, known) for known in (self.attentions, self.ffns, self.left))
+            attention, ffn, left = _of(module, self.attentions), _of(module, self.ffns), _of(module, self.left)
             if left is not None:
                 found.append(Refusal(path, type(module).__name__, left))
             elif attention is not None or ffn is not None:
