@@ -38,7 +38,7 @@ from msa2conv.adapters.timm import TIMM
 from msa2conv.errors import Msa2ConvError, NoSitesFound
 from msa2conv.levers import FFN, Mixer
 from msa2conv.ops import Skip
-from msa2conv.sites import AttentionSite, Claims, observe
+from msa2conv.sites import AttentionSite, Claims, Refusal, observe
 from msa2conv.transforms.apply import replace_submodule
 
 from .common import write
@@ -56,7 +56,8 @@ MODULES = tuple(
 NOTE = """
 The smallest model of every module with attention, random weights, converted at 0.85 of its FLOPs or the nearest that
 can be reached, from 8 random images. It says whether the surgery is right, not how accurate the result is. Kept: FLOPs
-of the hybrid against the original. Laws: largest difference found by lifting and lowering. Tokens off by: with every
+of the hybrid against the original. Lifted, lowered: the largest difference of an
+output that lifting, and lowering, made. Tokens off by: with every
 attention silenced, how far the centre of the tokens that hear a change of the image lies from its place, at most, as
 a share of the side; large only where other global layers are left (class, channel or strided attention).
 """
@@ -138,6 +139,12 @@ def misplaced(model: nn.Module, found: Claims, size: tuple[int, ...]) -> float:
     return worst
 
 
+def refused(model: nn.Module, size: tuple[int, ...]) -> tuple[Refusal, ...]:
+    """Attentions that are left as they are."""
+    found = TIMM.claims(model, observe(model, torch.zeros(1, *size)))
+    return tuple(item for item in found.refusals if "left dense" not in item.reason)
+
+
 def convert_one(module: str, name: str, seed: int) -> dict[str, Any]:
     """Convert one model and check the result; a row of results/coverage.json."""
     torch.manual_seed(seed)
@@ -147,8 +154,9 @@ def convert_one(module: str, name: str, seed: int) -> dict[str, Any]:
     row: dict[str, Any] = {"module": module, "model": name}
     try:
         seen = msa2conv.inspect(model)
-    except NoSitesFound as error:
-        return row | {"verdict": "nothing to convert", "reason": error.found}
+    except NoSitesFound:
+        kinds = sorted({item.kind for item in refused(model, size)})
+        return row | {"verdict": "nothing to convert", "reason": f"left as they are: {', '.join(kinds)}"}
     row |= {"GFLOPs": round(seen.costs.base / 1e9, 2), "attention": f"{seen.share(AttentionSite):.0%}"}
     row |= {"attentions": len(seen.claims.attentions), "FFNs": len(seen.claims.ffns)}
     levers = (Mixer(), FFN()) if seen.costs.base < LARGE else (Mixer(ops=("skip", "conv1x1"), rank=0.25),)
@@ -169,7 +177,7 @@ def convert_one(module: str, name: str, seed: int) -> dict[str, Any]:
         "kept": f"{result.plan.flops / result.plan.base.flops:.4f}",
         "options": sum(tried),
         "changed sites": len(changed),
-        "laws": ", ".join(f"{law} {value:.0e}" for law, value in result.report.laws.items()),
+        "lifted, lowered": f"{result.report.laws['lifting']:.0e}, {result.report.laws['lowering']:.0e}",
         "reloaded": "same bits" if same else "differs",
         "tokens off by": f"{misplaced(model, seen.claims, size):.0%}",
         "seconds": round(took),
@@ -206,9 +214,7 @@ def main() -> None:
     for module in args.modules:
         row = _in_its_own_process(module, _smallest(module), args.seed)
         print(json.dumps(row), flush=True)
-        write(
-            "coverage", "python -m benchmarks.coverage", args.seed, [row], " ".join(__doc__.split()[12:]), key="module"
-        )
+        write("coverage", "python -m benchmarks.coverage", args.seed, [row], NOTE, key="module")
 
 
 def _smallest(module: str) -> str:

@@ -22,7 +22,7 @@ from .plan import Preprocessing, weights_sha256
 from .planning import choose, make_plan
 from .search.calibrate import Calibration, calibrate_sites
 from .search.gates import Gates
-from .search.measure import outputs
+from .search.measure import OutputFn, outputs
 from .search.solve import infeasible
 from .targets import parse_target
 from .train.distill import distill
@@ -44,6 +44,7 @@ def calibrate(
     seed: int = 0,
     progress: bool = True,
     resume: str | os.PathLike[str] | None = None,
+    output_fn: OutputFn | None = None,
 ) -> Calibration:
     """Fit every option of every site in closed form and measure what it costs in accuracy; needs no labels.
 
@@ -55,6 +56,7 @@ def calibrate(
         resume: a folder for what is done so far (about the size of a saved Calibration). After Ctrl-C, a kill or a
             power cut the same call (`data` in the same order) continues from it and gives the same result; delete it
             when you are done.
+        output_fn: as for `convert`.
 
     Returns:
         A Calibration, savable with `.save(path)`; pass it to `convert(..., calibration=...)`.
@@ -68,7 +70,7 @@ def calibrate(
     chosen = resolve_levers(levers)
     example = example_input(work, example_inputs)
     seen = inspect_copy(work, original, example, chosen, adapters)
-    calibration, _ = _calibrate(work, original, seen, data, images, chosen, seed, progress, resume)
+    calibration, _ = _calibrate(work, original, seen, data, images, chosen, seed, progress, resume, output_fn)
     return calibration
 
 
@@ -82,10 +84,20 @@ def _calibrate(
     seed: int,
     progress: bool,
     resume: str | os.PathLike[str] | None,
+    output_fn: OutputFn | None,
 ) -> tuple[Calibration, Tensor]:
     pictures, source = _images(original, data, limit, seen.input_size, seed)
     calibration = calibrate_sites(
-        work, seen.claims, seen.costs, pictures, levers, source=source, seed=seed, progress=progress, resume=resume
+        work,
+        seen.claims,
+        seen.costs,
+        pictures,
+        levers,
+        source=source,
+        seed=seed,
+        progress=progress,
+        resume=resume,
+        output_fn=output_fn,
     )
     calibration.weights = weights_sha256(original)
     return calibration, pictures
@@ -121,6 +133,7 @@ def convert(
     seed: int = 0,
     progress: bool = True,
     resume: str | os.PathLike[str] | None = None,
+    output_fn: OutputFn | None = None,
 ) -> Conversion:
     """Turn a trained ViT into a cheaper hybrid of attention, convolution and narrower FFNs, at an exact FLOPs budget.
 
@@ -149,6 +162,9 @@ def convert(
         seed: decides held-out images and the polish.
         progress: show bars (never when standard error is not a terminal).
         resume: a folder from which an interrupted calibration or gate search continues, as for `calibrate`.
+        output_fn: picks what is scored from the model's output, for models that return more than logits: a tensor, or
+            several. By default all of it: logits by their KL, features by their relative error, and of several
+            tensors (feature maps, auxiliary heads) each the same.
 
     Returns:
         A Conversion with `.model`, `.plan`, `.report`, `.calibration` and `.save(path)`.
@@ -186,18 +202,20 @@ def convert(
     seconds: dict[str, float] = {}
     pictures: Tensor | None = None
     if calibration is None:
-        calibration, pictures = _calibrate(work, original, seen, data, images, chosen, seed, progress, resume)
+        calibration, pictures = _calibrate(
+            work, original, seen, data, images, chosen, seed, progress, resume, output_fn
+        )
         seconds["calibrate"] = calibration.seconds
     else:
         calibration.check_model(original)
     started = time.perf_counter()
-    choice = choose(work, calibration, target, progress=progress)
+    choice = choose(work, calibration, target, progress=progress, output_fn=output_fn)
     seconds["solve"] = time.perf_counter() - started
 
     plan, tensors = make_plan(original, seen, choice.choices)
     hybrid = apply(plan, work, tensors)
     laws = verify(work, hybrid, plan, choice.choices, seen.claims, seen.costs, calibration.images[:2], target)
-    before = after = outputs(hybrid, calibration.images)
+    before = after = outputs(hybrid, calibration.images, output_fn=output_fn)
     if distill_steps:
         if pictures is None:
             pictures, _ = _images(original, data, images, seen.input_size, seed)
@@ -211,9 +229,10 @@ def convert(
             measure=calibration.measure,
             seed=seed,
             progress=progress,
+            output_fn=output_fn,
         )
         seconds["distill"] = time.perf_counter() - started
-        after = outputs(hybrid, calibration.images)
+        after = outputs(hybrid, calibration.images, output_fn=output_fn)
     run = Run(target, distill_steps, seed, seconds, laws, example.device)
     report = make_report(plan, calibration, choice, before, after, run)
     final = apply(plan, original, _cast(hybrid, original))

@@ -21,7 +21,7 @@ from .options import Option
 from .plan import Plan, Slice
 from .planning import make_plan
 from .search.gates import Budget, GateCosts, Gates, ffn_options, mixer_options, open_units, thresholded, window_layout
-from .search.measure import default_measure, distance, outputs, tensor_of
+from .search.measure import default_measure, distance, outputs
 from .search.solve import infeasible, solve
 from .sites import Claims, check_finite_weights
 from .targets import parse_target
@@ -318,16 +318,16 @@ class Search:
     ) -> dict[str, float]:
         device = next(trained.parameters()).device
         images = torch.randn(2, *self._seen.input_size, generator=torch.Generator().manual_seed(0)).to(device)
-        laws = {"lifting": check_same(LIFTING, self._output({}, images), tensor_of(trained(images)))}
+        laws = {"lifting": check_same(LIFTING, self._output({}, images), trained(images))}
         if all(option.name != "identity" for option in choices.values()):  # the paper's skip changes when lowered
-            laws["lowering"] = check_same(LOWERING, tensor_of(hybrid(images)), self._output(choices, images))
+            laws["lowering"] = check_same(LOWERING, hybrid(images), self._output(choices, images))
         target = self.target if self.gates.exact else None
         return laws | check_costs(hybrid, plan, choices, self._seen.costs, images[:1], target)
 
-    def _output(self, choices: Mapping[str, Option], images: Tensor) -> Tensor:
+    def _output(self, choices: Mapping[str, Option], images: Tensor) -> Any:
         """Of the supernet pinned to `choices`, in float32 whatever it was trained in."""
         with self.pinned(choices) as net:
-            return tensor_of(without_autocast(copy.deepcopy(net)).float()(images))
+            return without_autocast(copy.deepcopy(net)).float()(images)
 
     def _warnings(self) -> list[str]:
         gates = [gate.theta.detach() for gate in self.named_gates.values()]

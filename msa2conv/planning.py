@@ -14,7 +14,7 @@ from .plan import Base, Plan, fingerprint, parameter_count, weights_sha256
 from .progress import track
 from .report.inspection import Inspection
 from .search.calibrate import Calibration
-from .search.measure import distance, outputs
+from .search.measure import OutputFn, distance, outputs
 from .search.solve import diverse
 from .transforms.apply import apply
 from .transforms.lift import lift
@@ -31,7 +31,14 @@ class Choice:
 
 
 @torch.no_grad()
-def choose(model: nn.Module, calibration: Calibration, target: int, *, progress: bool = True) -> Choice:
+def choose(
+    model: nn.Module,
+    calibration: Calibration,
+    target: int,
+    *,
+    progress: bool = True,
+    output_fn: OutputFn | None = None,
+) -> Choice:
     """Solve the budget exactly in several ways and keep the plan that does best on held-out images.
 
     Args:
@@ -39,6 +46,7 @@ def choose(model: nn.Module, calibration: Calibration, target: int, *, progress:
         calibration: of this model.
         target: multiply-adds allowed.
         progress: show a bar.
+        output_fn: the one that calibrated.
 
     Raises:
         InfeasibleBudget: the target lies below the floor of the calibration's options.
@@ -50,7 +58,7 @@ def choose(model: nn.Module, calibration: Calibration, target: int, *, progress:
     distances: dict[str, float] = {}
     for name, choices in track(found.items(), "compare", progress):
         with net.pinned(net.branches(choices)) as pinned:
-            output = outputs(pinned, calibration.images)
+            output = outputs(pinned, calibration.images, output_fn=output_fn)
         distances[name] = distance(calibration.reference, output, calibration.measure)
     best = min(distances, key=lambda name: distances[name])
     return Choice(found[best], best, sum(o.score or 0.0 for o in found[best].values()), distances)

@@ -22,7 +22,7 @@ from ..progress import track
 from ..sites import AttentionSite, Claims, FFNSite, Site
 from ..storage import read_tensors, write_tensors
 from ..transforms.lift import Supernet, lift
-from .measure import Measure, default_measure, distance
+from .measure import Measure, OutputFn, default_measure, distance
 from .replay import Replay
 from .resume import Journal
 
@@ -150,6 +150,7 @@ def calibrate_sites(
     seed: int = 0,
     progress: bool = True,
     resume: str | os.PathLike[str] | None = None,
+    output_fn: OutputFn | None = None,
 ) -> Calibration:
     """Fit the options of every site on three quarters of the images and score them on the others.
 
@@ -162,6 +163,7 @@ def calibrate_sites(
         seed: decides which images are held out.
         progress: show bars.
         resume: a folder that holds what is done, from which an interrupted calibration continues.
+        output_fn: picks what is scored from the model's output.
 
     Raises:
         NonFiniteValue: an activation is NaN or Inf; names the site.
@@ -180,9 +182,8 @@ def calibrate_sites(
 
     net = lift(model, claims.sites)
     chosen = [(site, lever) for site in claims.sites for lever in levers if lever.applies(site)]
-    replay = Replay(
-        net.model, [site.block for site in claims.sites], [b.to(device) for b in torch.split(scoring, BATCH)]
-    )
+    batches = [batch.to(device) for batch in torch.split(scoring, BATCH)]
+    replay = Replay(net.model, [site.block for site in claims.sites], batches, output_fn)
     if not torch.isfinite(replay.reference).all():
         with _listening(net, list(claims.sites), {}), torch.no_grad():
             for batch in replay.batches:

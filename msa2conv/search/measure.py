@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import InvalidInput
 
 Measure = Literal["kl", "relative"]
+OutputFn = Callable[[Any], Any]
 
 
 def default_measure(model: nn.Module, output: Tensor) -> Measure:
@@ -33,20 +35,42 @@ def distance(reference: Tensor, output: Tensor, measure: Measure) -> float:
 
 
 @torch.no_grad()
-def outputs(model: nn.Module, images: Tensor, batch: int = 32) -> Tensor:
-    """The model's outputs on many images, on the CPU."""
+def outputs(model: nn.Module, images: Tensor, batch: int = 32, output_fn: OutputFn | None = None) -> Tensor:
+    """What is scored of the model's outputs on many images, on the CPU."""
     device = next(model.parameters()).device
-    return torch.cat([tensor_of(model(part.to(device))).cpu() for part in torch.split(images, batch)])
+    return torch.cat([tensor_of(model(part.to(device)), output_fn).cpu() for part in torch.split(images, batch)])
 
 
-def tensor_of(output: Any) -> Tensor:
-    """The tensor in a model's output: itself, or the first one in a tuple."""
-    if isinstance(output, Tensor):
-        return output
-    values = output if isinstance(output, (tuple, list)) else ()
-    found = next((value for value in values if isinstance(value, Tensor)), None)
-    if found is None:
+def tensor_of(output: Any, output_fn: OutputFn | None = None) -> Tensor:
+    """What is scored of a model's output: the tensor, or all the tensors in it, [B, 1, n].
+
+    Of several tensors (feature maps, auxiliary heads) every one counts the same, whatever its size and scale: each is
+    divided by its norm, image by image.
+
+    Args:
+        output: of a model.
+        output_fn: picks what matters from it; a tensor, or several.
+
+    Raises:
+        InvalidInput: there is no tensor in it.
+    """
+    found = tensors_of(output if output_fn is None else output_fn(output))
+    if not found:
         raise InvalidInput(
-            "model output", type(output).__name__, "a tensor, or a tuple that starts with one", "Wrap the model so."
+            "model output" if output_fn is None else "what output_fn returned",
+            type(output).__name__,
+            "a tensor, or a tuple, list or dict of tensors",
+            "Pass output_fn=lambda output: ... that picks the tensors to score.",
         )
-    return found
+    if len(found) == 1:
+        return found[0]
+    parts = [value.flatten(1) for value in found if value.ndim]
+    return torch.cat([F.normalize(part, dim=1) for part in parts], 1)[:, None]
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """All floating-point tensors in tuples, lists and dicts, in order."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    return [tensor for value in values for tensor in tensors_of(value)]

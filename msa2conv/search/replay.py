@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..transforms.lift import max_difference
-from .measure import tensor_of
+from .measure import OutputFn, tensor_of
 
 
 class Replay:
@@ -24,10 +24,13 @@ class Replay:
         model: a network that belongs to the caller (its blocks' `forward` is shadowed while a suffix runs).
         blocks: paths of the blocks in execution order.
         batches: the inputs.
+        output_fn: picks what is scored from the network's output.
     """
 
-    def __init__(self, model: nn.Module, blocks: Iterable[str], batches: list[Tensor]) -> None:
-        self.model, self.batches = model, batches
+    def __init__(
+        self, model: nn.Module, blocks: Iterable[str], batches: list[Tensor], output_fn: OutputFn | None = None
+    ) -> None:
+        self.model, self.batches, self.output_fn = model, batches, output_fn
         self.blocks = list(dict.fromkeys(blocks))
         self.recorded: list[list[Tensor]] = []
         self.exact = True
@@ -47,7 +50,7 @@ class Replay:
                 )
                 for path in self.blocks
             ]
-            outputs.append(tensor_of(self.model(batch)))
+            outputs.append(tensor_of(self.model(batch), self.output_fn))
             for handle in handles:
                 handle.remove()
             self.exact &= all(isinstance(seen.get(path), Tensor) for path in self.blocks)
@@ -60,7 +63,7 @@ class Replay:
         outputs = []
         for index, batch in enumerate(self.batches):
             with self._shadowed(index, self.blocks.index(block) if self.exact else 0):
-                outputs.append(tensor_of(self.model(batch)))
+                outputs.append(tensor_of(self.model(batch), self.output_fn))
         return torch.cat(outputs)
 
     @contextmanager

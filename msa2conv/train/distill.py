@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import NonFiniteValue
 from ..progress import track
-from ..search.measure import Measure, distance, outputs, tensor_of
+from ..search.measure import Measure, OutputFn, distance, outputs, tensor_of
 
 BATCH = 32
 
@@ -27,6 +27,7 @@ def distill(
     measure: Measure = "kl",
     seed: int = 0,
     progress: bool = True,
+    output_fn: OutputFn | None = None,
 ) -> nn.Module:
     """Train a copy of `hybrid` to give the original's outputs on augmented calibration images.
 
@@ -43,6 +44,7 @@ def distill(
         measure: which loss.
         seed: for sampling and augmentation.
         progress: show a bar.
+        output_fn: picks what is imitated from the model's output.
 
     Returns:
         The polished copy. Ctrl-C ends the polish early and returns what has been learned so far.
@@ -66,14 +68,14 @@ def distill(
         ],
         [warm_up],
     )
-    best = _Best(student, teacher, held_out, measure)
+    best = _Best(student, teacher, held_out, measure, output_fn)
     try:
         for step in track(range(steps), "distill", progress):
             chosen = torch.randint(len(images), (min(BATCH, len(images)),), generator=generator)
             batch = augment(images[chosen], generator).to(device)
             with torch.no_grad():
-                reference = tensor_of(teacher(batch))
-            loss = _loss(reference, tensor_of(student(batch)), measure)
+                reference = tensor_of(teacher(batch), output_fn)
+            loss = _loss(reference, tensor_of(student(batch), output_fn), measure)
             if not torch.isfinite(loss):
                 raise NonFiniteValue(
                     f"distillation step {step}",
@@ -100,16 +102,23 @@ def distill(
 class _Best:
     """Remembers the state that is closest to the teacher on held-out images; without any, the last one."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, held_out: Tensor | None, measure: Measure) -> None:
-        self.held_out, self.measure = held_out, measure
-        self.reference = None if held_out is None else outputs(teacher, held_out)
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        held_out: Tensor | None,
+        measure: Measure,
+        output_fn: OutputFn | None,
+    ) -> None:
+        self.held_out, self.measure, self.output_fn = held_out, measure, output_fn
+        self.reference = None if held_out is None else outputs(teacher, held_out, output_fn=output_fn)
         self.distance, self.state = float("inf"), dict[str, Tensor]()
         self.update(student)
 
     def update(self, student: nn.Module) -> None:
         if self.held_out is None or self.reference is None:
             return
-        found = distance(self.reference, outputs(student, self.held_out), self.measure)
+        found = distance(self.reference, outputs(student, self.held_out, output_fn=self.output_fn), self.measure)
         if found < self.distance:
             self.distance = found
             self.state = {name: value.detach().clone() for name, value in student.state_dict().items()}
