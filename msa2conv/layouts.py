@@ -17,6 +17,7 @@ from torch import Tensor
 from .errors import LayoutMismatch
 
 Size = tuple[int, int]
+LONGEST = 16384  # side of a grid
 SIDE_BY_SIDE, APART = "b c (nh h) (nw w)", "b c (h nh) (w nw)"
 _AXES = re.compile(r"\(([^()]*)\)|(\S+)")
 
@@ -86,8 +87,8 @@ class Layout(BaseModel):
         if [sorted(group) for group in _axes(self.map)] != [["b"], ["c"], sorted(of_h), sorted(of_w)]:
             raise ValueError(f"map {self.map!r} must be 'b c (...) (...)' with {of_h} and {of_w} in some order")
         for name, size in (("grid", self.grid), ("window", self._window), *(("stride", s) for s in self.strides)):
-            if not all(1 <= side <= 16384 for side in size):
-                raise ValueError(f"{name} {size} must lie in 1..16384")
+            if not all(1 <= side <= LONGEST for side in size):
+                raise ValueError(f"{name} {size} must lie in 1..{LONGEST}")
         if not all(0 <= shift < side for shift, side in zip(self.shift, self.grid, strict=True)):
             raise ValueError(f"shift {self.shift} must lie in 0..grid-1")
         if self.prefix and self._groups != [["b"], ["h", "w"], ["c"]]:

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from ..layouts import Layout
+from ..layouts import LONGEST, Layout, Size
 from ..ops import IO
 from ..sites import AttentionSite, Call, Claims, FFNSite, Observation, Projections, Refusal, Rows, Site, Unit
 from ..transforms.groups import hidden_units
@@ -157,12 +157,19 @@ def _positions(place: Place, output: nn.Module) -> Layout:
     if isinstance(output, nn.Conv2d):
         return Layout(pattern="b c h w", grid=(x[2], x[3]))
     if len(x) != 3 or x[0] != 1:
-        return Layout(pattern="b h w c", grid=(math.prod(x[:-1]), 1))
+        return Layout(pattern="b h w c", grid=_any_grid(math.prod(x[:-1])))
     try:
         prefix = prefix_of(place)
     except Unknown:
         prefix = 0
-    return Layout(grid=(x[1] - prefix, 1), prefix=prefix) if prefix < x[1] else Layout(grid=(x[1], 1))
+    prefix = prefix if prefix < x[1] else 0
+    return Layout(grid=_any_grid(x[1] - prefix), prefix=prefix)
+
+
+def _any_grid(positions: int) -> Size:
+    """Of so many positions, with sides as a Layout allows them."""
+    columns = next(side for side in range(min(positions, LONGEST), 0, -1) if positions % side == 0)
+    return positions // columns, columns
 
 
 # Where weights are kept by heads

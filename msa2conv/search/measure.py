@@ -54,11 +54,12 @@ def tensor_of(output: Any, output_fn: OutputFn | None = None) -> Tensor:
     Raises:
         InvalidInput: there is no tensor in it.
     """
-    found = tensors_of(output if output_fn is None else output_fn(output))
+    picked = output if output_fn is None else output_fn(output)
+    found = tensors_of(picked)
     if not found:
         raise InvalidInput(
             "model output" if output_fn is None else "what output_fn returned",
-            type(output).__name__,
+            type(picked).__name__,
             "a tensor, or a tuple, list or dict of tensors",
             "Pass output_fn=lambda output: ... that picks the tensors to score.",
         )

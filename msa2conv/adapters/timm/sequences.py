@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from ...layouts import Layout
 from ..declared import Attention, qkv, separate
-from ..geometry import Place, tokens
+from ..geometry import Place, channels_first, tokens
 from .windows import mobilevit
 
 
 def _standard(place: Place) -> Layout:
     """timm's own Attention serves ViT, DeiT, PiT, CrossViT, ... and the unfolded patches of MobileViT."""
     return mobilevit(place) if place.attribute("patch_area") else tokens()(place)
+
+
+def _levit(place: Place) -> Layout:
+    """LeViT comes with tokens, and with maps and 1x1 convolutions."""
+    return channels_first(place) if len(place.x) == 4 else tokens(prefix=0)(place)
 
 
 _STANDARD = Attention(_standard, projections=qkv(plain=True))
@@ -34,7 +39,7 @@ SEQUENCES = {
     "timm.models.convit.MHSA": Attention(tokens(prefix=1), projections=qkv(plain=True)),
     "timm.models.metaformer.Attention": Attention(tokens(prefix=0), projections=qkv(plain=True)),
     "timm.models.efficientformer.Attention": Attention(tokens(prefix=0)),
-    "timm.models.levit.Attention": Attention(tokens(prefix=0)),
+    "timm.models.levit.Attention": Attention(_levit),
     "timm.models.pvt_v2.Attention": _PYRAMID,
     "timm.models.twins.GlobalSubSampleAttn": _PYRAMID,
     "timm.models.twins.LocallyGroupedAttn": Attention(tokens(prefix=0), projections=qkv(), ignored=("size",)),
