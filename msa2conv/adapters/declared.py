@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from pydantic import ValidationError
 from torch import nn
 
 from ..layouts import LONGEST, Layout, Size
@@ -92,8 +93,11 @@ class Declarations:
                         found.append(_attention(place, attention))
                     elif ffn is not None:
                         found.append(_ffn(place, ffn, groups))
-                except Unknown as reason:
-                    found.append(Refusal(path, type(module).__name__, str(reason)))
+                except Unknown as unknown:
+                    found.append(Refusal(path, type(module).__name__, str(unknown)))
+                except ValidationError as error:
+                    reason = f"its tokens have no Layout: {error.errors()[0]['msg']}"
+                    found.append(Refusal(path, type(module).__name__, reason))
         return Claims.of(found)
 
 
