@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import msa2conv
 from msa2conv.cost import count_flops
+from msa2conv.layouts import Layout
 from msa2conv.ops import Skip
 from msa2conv.options import Option
 from msa2conv.report.inspection import Inspection
@@ -98,6 +99,19 @@ def test_tokens_lie_where_the_layout_says(family: str) -> None:
                     continue  # a convolution before it hears all of them
                 centre = float((share * (torch.arange(cells) + 0.5)).sum() / share.sum())
                 assert abs(centre - at * cells) < 0.1 * cells + 0.5, (site.path, row, column)
+
+
+def test_a_layout_that_cannot_be_is_a_refusal() -> None:
+    from msa2conv.adapters import Attention, Declarations
+    from msa2conv.errors import NoSitesFound
+
+    def impossible(_place: object) -> Layout:
+        return Layout(grid=(0, 1))
+
+    model = backbones.build("beit")
+    adapter = Declarations("odd", {"timm.models.beit.Attention": Attention(impossible)})
+    with pytest.raises(NoSitesFound, match="its tokens have no Layout: Value error, grid"):
+        msa2conv.inspect(model, adapters=[adapter])
 
 
 @FAMILIES
