@@ -101,6 +101,18 @@ def test_tokens_lie_where_the_layout_says(family: str) -> None:
                 assert abs(centre - at * cells) < 0.1 * cells + 0.5, (site.path, row, column)
 
 
+def test_the_order_of_unrolled_tokens() -> None:
+    """Hiera's own Unroll of a map that counts its positions, and after every pooling that takes an axis away."""
+    model, seen = inspected("hiera")
+    layouts = list({site.layout: None for site in seen.claims.attentions})
+    assert [len(layout.strides) for layout in layouts] == [3, 2, 1]
+    height, width = layouts[0].grid
+    tokens = model.unroll(torch.arange(float(height * width)).reshape(1, -1, 1))
+    for layout, finer in zip(layouts, (1, 2, 4), strict=True):
+        rows, columns = torch.meshgrid(torch.arange(0, height, finer), torch.arange(0, width, finer), indexing="ij")
+        assert torch.equal(layout.to_map(tokens[:, : layout.positions])[1][0, 0], (rows * width + columns).float())
+
+
 def test_a_layout_that_cannot_be_is_a_refusal() -> None:
     from msa2conv.adapters import Attention, Declarations
     from msa2conv.errors import NoSitesFound
