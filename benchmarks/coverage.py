@@ -61,18 +61,6 @@ output that lifting, and lowering, made. Tokens off by: with every
 attention silenced, how far the centre of the tokens that hear a change of the image lies from its place, at most, as
 a share of the side; large only where other global layers are left (class, channel or strided attention).
 """
-# Modules that also hold models without attention: the smallest with attention. The others: the smallest of all.
-SMALLEST = {
-    "byoanet": "botnet26t_256",
-    "byobnet": "gcresnext26ts",
-    "levit": "levit_128s",
-    "maxxvit": "maxvit_rmlp_pico_rw_256",
-    "metaformer": "caformer_s18",
-    "mobilenetv3": "mobilenetv4_hybrid_medium",
-    "pit": "pit_ti_224",
-}
-
-
 _SHAPE = r" \([0-9, ]+\)"
 
 
@@ -218,10 +206,13 @@ def main() -> None:
 
 
 def _smallest(module: str) -> str:
-    if module in SMALLEST:
-        return SMALLEST[module]
-    names = timm.list_models(module=module)
-    return min(names, key=lambda name: sum(p.numel() for p in on_meta(name).parameters()))
+    """The smallest model of a module with an attention to convert; if there is none, the smallest."""
+
+    def parameters(name: str) -> int:
+        return sum(parameter.numel() for parameter in on_meta(name).parameters())
+
+    names = sorted(timm.list_models(module=module), key=parameters)
+    return next((name for name in names if claims_of(name)["attentions"]), names[0])
 
 
 def _in_its_own_process(module: str, name: str, seed: int) -> dict[str, Any]:

@@ -166,7 +166,8 @@ class Layout(BaseModel):
             f"tokens '{self.pattern}'",
             f"a tensor of shape {tuple(tokens.shape)}",
             f"{h} x {w} positions{prefix}{windows}",
-            "A hybrid runs at the image size it was converted for: convert again with example_inputs of the new size.",
+            "A hybrid runs at the image size it was converted for, with all patches: convert again with example_inputs "
+            "of the new size, and train it without patch dropout.",
         )
 
     def to_map(self, tokens: Tensor) -> tuple[Tensor, Tensor]:

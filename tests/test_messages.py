@@ -1034,14 +1034,28 @@ def mixed() -> nn.Module:
     return convert(vit(dynamic_img_size=True), 0.86, data=images(), levers=levers).model
 
 
+SIZE_HINT = (
+    "A hybrid runs at the image size it was converted for, with all patches: convert again with example_inputs "
+    "of the new size, and train it without patch dropout."
+)
+
+
 def test_hybrid_at_another_image_size(refused: Refused) -> None:
     hybrid = mixed()
-    text = (
-        "tokens 'b (h w) c': found a tensor of shape (1, 26, 48); expected 4 x 4 positions + 1 prefix tokens. "
-        "A hybrid runs at the image size it was converted for: convert again with example_inputs of the new size."
-    )
-    with refused(LayoutMismatch, text, hybrid):
+    text = "tokens 'b (h w) c': found a tensor of shape (1, 26, 48); expected 4 x 4 positions + 1 prefix tokens. "
+    with refused(LayoutMismatch, text + SIZE_HINT, hybrid):
         hybrid(torch.zeros(1, 3, 40, 40))
+
+
+def test_hybrid_in_training_with_patch_dropout(refused: Refused) -> None:
+    """In eval mode, and for the conversion, all patches are there."""
+    levers = (Mixer(ops=("conv1x1",), prefix="ridge"),)
+    hybrid = convert(vit(patch_drop_rate=0.5), 0.86, data=images(), levers=levers).model
+    assert hybrid(images()[:2]).shape == (2, 10)
+    hybrid.train()
+    text = "tokens 'b (h w) c': found a tensor of shape (2, 9, 48); expected 4 x 4 positions + 1 prefix tokens. "
+    with refused(LayoutMismatch, text + SIZE_HINT, hybrid):
+        hybrid(images()[:2])
 
 
 def test_swin_hybrid_with_another_window(refused: Refused) -> None:
