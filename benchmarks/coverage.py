@@ -142,9 +142,12 @@ def convert_one(module: str, name: str, seed: int) -> dict[str, Any]:
     row: dict[str, Any] = {"module": module, "model": name}
     try:
         seen = msa2conv.inspect(model)
-    except NoSitesFound:
+    except NoSitesFound as error:
         kinds = sorted({item.kind for item in refused(model, size)})
-        return row | {"verdict": "nothing to convert", "reason": f"left as they are: {', '.join(kinds)}"}
+        return row | {
+            "verdict": "nothing to convert",
+            "reason": f"left as they are: {', '.join(kinds)}" if kinds else error.found,
+        }
     row |= {"GFLOPs": round(seen.costs.base / 1e9, 2), "attention": f"{seen.share(AttentionSite):.0%}"}
     row |= {"attentions": len(seen.claims.attentions), "FFNs": len(seen.claims.ffns)}
     levers = (Mixer(), FFN()) if seen.costs.base < LARGE else (Mixer(ops=("skip", "conv1x1"), rank=0.25),)
