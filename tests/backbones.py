@@ -28,7 +28,14 @@ _VIT = {**_S, "embed_dim": 32, "depth": 2, "num_heads": 2}
 TINY = {
     "beit": Tiny("beit_base_patch16_224", {**_VIT, "img_size": 64}, (64, 64), 2, 2, "b (h w) c @ 4x4+1"),
     "cait": Tiny("cait_xxs24_224", {**_VIT, "img_size": 64}, (64, 64), 2, 4, "b (h w) c @ 4x4+0"),
-    "coatnet": Tiny("test_coatnet", {**_S, "img_size": (64, 96)}, (64, 96), 1, 3, "b c h w @ 4x6+0"),
+    "coatnet": Tiny(
+        "coatnet_nano_rw_224",
+        {**_S, "img_size": (64, 96), "depths": (1, 1, 2, 1), "embed_dim": (32, 32, 64, 128), "stem_width": (8, 16)},
+        (64, 96),
+        1,
+        3,
+        "b c h w @ 4x6+0",
+    ),
     "crossvit": Tiny(
         "crossvit.CrossVit",
         {**_S, "img_size": 48, "embed_dim": (24, 48), "depth": ((1, 1, 0),), "num_heads": (2, 2)},

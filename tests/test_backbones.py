@@ -60,8 +60,13 @@ def test_it_converts(family: str, tmp_path: Path) -> None:
         assert torch.isfinite(output(hybrid, images)).all()
     again = msa2conv.load(result.save(tmp_path / "hybrid.safetensors"), model)
     assert torch.equal(output(again, images), output(result.model, images))
-    together, alone = output(result.model, images[:3]), output(result.model, images[1:2])
-    assert float((together[1:2] - alone).abs().max()) <= 1e-5 * max(1.0, float(alone.abs().max()))
+    assert mixing(result.model, images) <= max(1e-5, mixing(model, images))  # timm 1.0.21's GC ViT mixes images
+
+
+def mixing(model: nn.Module, images: Tensor) -> float:
+    """How much an image's output depends on what else is in the batch, relative to its size."""
+    together, alone = output(model, images[:3])[1:2], output(model, images[1:2])
+    return float((together - alone).abs().max()) / max(1.0, float(alone.abs().max()))
 
 
 @torch.no_grad()
