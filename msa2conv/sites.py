@@ -117,6 +117,17 @@ class Refusal:
     reason: str
 
 
+def listed(refusals: Iterable[Refusal]) -> list[str]:
+    """One text for every reason: the first module that it holds for, and how many more there are."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for item in refusals:
+        groups.setdefault((item.kind, item.reason), []).append(item.path)
+    return [
+        f"{paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''} ({kind}): {reason}"
+        for (kind, reason), paths in groups.items()
+    ]
+
+
 @dataclass(frozen=True)
 class Call:
     """What one call of a module looked like.

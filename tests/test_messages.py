@@ -233,7 +233,7 @@ def test_an_attention_that_is_no_module_is_refused_with_the_reason(refused: Refu
 
     model = vit(block_fn=ParallelScalingBlock)
     reason = "(ParallelScalingBlock): attention and FFN share one projection: not a module of its own"
-    found = f"blocks.0 {reason}; blocks.1 {reason}"
+    found = f"blocks.0 and 1 more {reason}"
     text = f"VisionTransformer: found {found}; expected {ADAPTERS}. {WRITE_ADAPTER}"
     with refused(NoSitesFound, text, model):
         convert(model, 0.5)

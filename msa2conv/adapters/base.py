@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import nn
 
 from ..errors import ConflictingClaims, NoSitesFound
-from ..sites import AttentionSite, Claims, Observation, Refusal
+from ..sites import AttentionSite, Claims, Observation, Refusal, listed
 
 
 class Adapter(Protocol):
@@ -82,6 +82,4 @@ def _unknown(model: nn.Module, seen: Observation, found: list[Claims]) -> list[R
 
 
 def _describe(refusals: tuple[Refusal, ...]) -> str:
-    listed = "; ".join(f"{item.path} ({item.kind}): {item.reason}" for item in refusals[:8])
-    more = f"; and {len(refusals) - 8} more" if len(refusals) > 8 else ""
-    return listed + more or "no attention module at all"
+    return "; ".join(listed(refusals)) or "no attention module at all"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..cost import CostModel
-from ..sites import AttentionSite, Claims, FFNSite
+from ..layouts import APART
+from ..sites import AttentionSite, Claims, FFNSite, listed
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Inspection:
 
     def __str__(self) -> str:
         base = self.costs.base
+        width = max(28, *(len(site.path) for site in self.claims.sites))
         size = " x ".join(map(str, self.input_size))
         lines = [
             f"{self.name}   {base / 1e9:.3f} GFLOPs (multiply-adds, batch 1)"
@@ -42,17 +44,19 @@ class Inspection:
             f"   rest {self.costs.rest / base:.1%}",
             f"reachable: {self.floor / 1e9:.3f} (floor, {self.floor / base:.1%}) to {base / 1e9:.3f} GFLOPs",
             "",
-            f"{'site':<28} {'kind':<10} {'MFLOPs':>8}  geometry",
+            f"{'site':<{width}} {'kind':<10} {'MFLOPs':>8}  geometry",
         ]
         for site in self.claims.sites:
             flops = self.costs.hosts[site.path] / 1e6
             if isinstance(site, AttentionSite):
-                lines.append(f"{site.path:<28} {'attention':<10} {flops:8.1f}  {_geometry(site)}")
+                lines.append(f"{site.path:<{width}} {'attention':<10} {flops:8.1f}  {_geometry(site)}")
             else:
-                lines.append(f"{site.path:<28} {'ffn':<10} {flops:8.1f}  {site.dim} -> {site.hidden} -> {site.dim}")
+                lines.append(
+                    f"{site.path:<{width}} {'ffn':<10} {flops:8.1f}  {site.dim} -> {site.hidden} -> {site.dim}"
+                )
         if self.claims.refusals:
             lines += ["", "left as they are:"]
-            lines += [f"  {item.path} ({item.kind}): {item.reason}" for item in self.claims.refusals]
+            lines += [f"  {text}" for text in listed(self.claims.refusals)]
         return "\n".join(lines)
 
 
@@ -62,7 +66,7 @@ def _geometry(site: AttentionSite) -> str:
     if layout.prefix:
         text += f" + {layout.prefix} prefix"
     if layout.window:
-        text += f", windows {layout.window[0]} x {layout.window[1]}"
+        text += f", windows {layout.window[0]} x {layout.window[1]}{' of positions apart' * (layout.map == APART)}"
     if any(layout.shift):
         text += f", shifted by {layout.shift[0]}, {layout.shift[1]}"
     return text
