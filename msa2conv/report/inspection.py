@@ -66,7 +66,8 @@ def _geometry(site: AttentionSite) -> str:
     if layout.prefix:
         text += f" + {layout.prefix} prefix"
     if layout.window:
-        text += f", windows {layout.window[0]} x {layout.window[1]}{' of positions apart' * (layout.map == APART)}"
+        kind = "dilated windows" if layout.map == APART else "windows"
+        text += f", {kind} {layout.window[0]} x {layout.window[1]}"
     if any(layout.shift):
         text += f", shifted by {layout.shift[0]}, {layout.shift[1]}"
     return text
