@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from .errors import ArchitectureMismatch
 from .progress import track
-from .search.measure import tensor_of
+from .search.measure import first_tensor
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def evaluate(
     device = next(model.parameters()).device
     correct = total = 0
     for images, labels in track(loader, what, progress, len(loader)):
-        logits = tensor_of(model(images.to(device))).cpu()
+        logits = first_tensor(model(images.to(device))).cpu()
         if int(labels.max()) >= logits.shape[1]:
             raise ArchitectureMismatch(
                 "images",

@@ -17,7 +17,7 @@ from .gate_search import Search, prepare
 from .plan import weights_sha256
 from .progress import track
 from .search.gates import Gates
-from .search.measure import default_measure, tensor_of
+from .search.measure import default_measure, first_tensor
 from .storage import read_state, write_state
 from .workbench import own_randomness, unwrap, working_copy
 
@@ -201,7 +201,7 @@ def _split(batch: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _loss(search: Search, teacher: nn.Module | None, loss: Loss | None, images: Tensor, labels: Any) -> Tensor:
-    output = tensor_of(search.model(images))
+    output = first_tensor(search.model(images))
     if loss is not None:
         if not isinstance(labels, Tensor):
             raise InvalidArgument(
@@ -211,7 +211,7 @@ def _loss(search: Search, teacher: nn.Module | None, loss: Loss | None, images: 
         return loss(output, labels.to(output.device))
     assert teacher is not None
     with torch.no_grad():
-        reference = tensor_of(teacher(images))
+        reference = first_tensor(teacher(images))
     if default_measure(search.original, output) == "kl":
         return F.kl_div(F.log_softmax(output, -1), F.log_softmax(reference, -1), reduction="batchmean", log_target=True)
     return (output - reference).square().mean() / reference.square().mean().clamp_min(1e-12)

@@ -272,13 +272,18 @@ def _call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], o
     )
 
 
-def _named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Every argument by its name in the signature of `forward`; by its position where that has no names."""
-    names = [
+def argument_names(module: nn.Module) -> list[str]:
+    """Of the arguments that `forward` takes by position."""
+    return [
         name
         for name, parameter in inspect.signature(module.forward).parameters.items()
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     ]
+
+
+def _named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Every argument by its name in the signature of `forward`; by its position where that has no names."""
+    names = argument_names(module)
     return {names[i] if i < len(names) else str(i): value for i, value in enumerate(args)} | dict(kwargs)
 
 

@@ -74,6 +74,29 @@ def test_several_tensors_count_the_same_whatever_their_size_and_scale() -> None:
     assert lost_small == pytest.approx(2, abs=1e-5) and lost_large == pytest.approx(2, abs=1e-5)
 
 
+def test_labels_are_compared_with_the_first_of_several_tensors() -> None:
+    from msa2conv.evaluate import evaluate
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vit = tiny.build("vit")
+
+        def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+            logits = self.vit(images)
+            return logits, logits.flip(1)
+
+    images, model = tiny.images("vit", 4), Both().eval()
+    labels = model(images)[0].argmax(1)
+    pairs = torch.utils.data.TensorDataset(images, labels)
+    assert evaluate(model, pairs, progress=False).correct == 4
+    seen: list[torch.Size] = []
+    loss = lambda output, target: seen.append(output.shape) or nn.functional.cross_entropy(output, target)  # noqa: E731
+    keywords = {"search": "gates", "data": [(images, labels)], "loss": loss, "example_inputs": images[:1]}
+    msa2conv.convert(model, 0.9, progress=False, **keywords)
+    assert set(seen) == {torch.Size((4, 10))}
+
+
 def test_every_tensor_has_to_be_the_same() -> None:
     one = {"a": torch.zeros(2), "b": (torch.zeros(3), None)}
     assert check_same("law", one, {"a": torch.zeros(2), "b": (torch.full((3,), 1e-6), None)}) == pytest.approx(1e-6)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,18 @@ from torch import nn
 
 from ..layouts import LONGEST, Layout, Size
 from ..ops import IO
-from ..sites import AttentionSite, Call, Claims, FFNSite, Observation, Projections, Refusal, Rows, Site, Unit
+from ..sites import (
+    AttentionSite,
+    Claims,
+    FFNSite,
+    Observation,
+    Projections,
+    Refusal,
+    Rows,
+    Site,
+    Unit,
+    argument_names,
+)
 from ..transforms.groups import hidden_units
 from .geometry import Geometry, Place, Unknown, prefix_of
 from .paths import block_of
@@ -120,16 +130,12 @@ def _attention(place: Place, kind: Attention) -> AttentionSite:
     heads = int(count) if isinstance(count, int) and 0 < count <= dim else 1
     named = kind.projections(module) if kind.projections else None
     head_dim = named.head_dim if named else max(1, dim // heads)
-    return AttentionSite(place.path, block_of(place.path), dim, heads, head_dim, layout, _io(module, kind, call), named)
+    return AttentionSite(place.path, block_of(place.path), dim, heads, head_dim, layout, _io(module, kind), named)
 
 
-def _io(module: nn.Module, kind: Attention, call: Call) -> IO:
-    names = [
-        name
-        for name, parameter in inspect.signature(module.forward).parameters.items()
-        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-    ]
-    x, rest = names[0], tuple(names[1:])
+def _io(module: nn.Module, kind: Attention) -> IO:
+    x, *names = argument_names(module)
+    rest = tuple(names)
     absent = tuple(name for name in rest if name not in kind.ignored)
     positional = rest if kind.ignored else ()
     ignored = tuple(name for name in kind.ignored if name in rest)
@@ -179,6 +185,15 @@ def _any_grid(positions: int) -> Size:
 # Where weights are kept by heads
 
 
+def _by_heads(module: Any, layer: str, out: str, times: int) -> tuple[int, int] | None:
+    """(heads, width of all of them) if the Linear `layer` holds `times` projections of the width that `out` reads."""
+    joined, last, heads = (getattr(module, name, None) for name in (layer, out, "num_heads"))
+    if not isinstance(joined, nn.Linear) or not isinstance(last, nn.Linear) or not isinstance(heads, int):
+        return None
+    inner = last.in_features
+    return (heads, inner) if joined.out_features == times * inner and inner % heads == 0 else None
+
+
 def qkv(layer: str = "qkv", out: str = "proj", plain: bool = False) -> Where:
     """One Linear for q, k and v, in this order, each by heads.
 
@@ -188,13 +203,10 @@ def qkv(layer: str = "qkv", out: str = "proj", plain: bool = False) -> Where:
     """
 
     def read(module: Any) -> Projections | None:
-        joined, last = getattr(module, layer, None), getattr(module, out, None)
-        heads = getattr(module, "num_heads", None)
-        if not isinstance(joined, nn.Linear) or not isinstance(last, nn.Linear) or not isinstance(heads, int):
+        size = _by_heads(module, layer, out, 3)
+        if size is None:
             return None
-        inner = last.in_features
-        if joined.out_features != 3 * inner or inner % heads:
-            return None
+        heads, inner = size
         if getattr(module, "head_first", False):
             return None  # q, k and v of a head lie together
         parts = [getattr(module, name, None) for name in ("q_norm", "k_norm", "norm", "gate")]
@@ -217,13 +229,10 @@ def separate(v: str = "v", out: str = "proj", half: bool = False) -> Where:
     """A Linear of its own for v (the second half of it, where it holds k and v)."""
 
     def read(module: Any) -> Projections | None:
-        values, last = getattr(module, v, None), getattr(module, out, None)
-        heads = getattr(module, "num_heads", None)
-        if not isinstance(values, nn.Linear) or not isinstance(last, nn.Linear) or not isinstance(heads, int):
+        size = _by_heads(module, v, out, 2 if half else 1)
+        if size is None:
             return None
-        inner = last.in_features
-        if values.out_features != (2 * inner if half else inner) or inner % heads:
-            return None
+        heads, inner = size
         rows = Rows(v, inner, 2 * inner) if half else Rows(v)
         return Projections(v=rows, out=Rows(out), heads=heads, head_dim=inner // heads)
 

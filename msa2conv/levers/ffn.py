@@ -234,4 +234,6 @@ class FFNRecord:
     ) -> FFNRecord:
         scores = tuple((int(width), float(score)) for width, score in meta["scores"])
         lever = FFN.model_validate(meta["config"])
-        return cls(site, lever, costs, **tensors, has_bias=meta["has_bias"], is_conv=meta["is_conv"], scores=scores)
+        return cls(
+            site, lever, costs, **tensors, has_bias=meta["has_bias"], is_conv=meta.get("is_conv", False), scores=scores
+        )

@@ -19,7 +19,8 @@ def solve_ridge(gram_II: Tensor, cross_IO: Tensor, strength: float) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(regular)
     lift = 1e-6 * floor.clamp_min(gram_II.diagonal().max())
     while failed:  # a rank-deficient Gram, whose floor is below rounding
-        factor, failed = torch.linalg.cholesky_ex(regular + lift * torch.eye(size))
+        hopeless = not torch.isfinite(regular).all()  # no lift helps: the error is raised
+        factor, failed = torch.linalg.cholesky_ex(regular + lift * torch.eye(size), check_errors=hopeless)
         lift *= 10
     return torch.cholesky_solve(cross_IO, factor)
 

@@ -69,6 +69,11 @@ def tensor_of(output: Any, output_fn: OutputFn | None = None) -> Tensor:
     return torch.cat([F.normalize(part, dim=1) for part in parts], 1)[:, None]
 
 
+def first_tensor(output: Any) -> Tensor:
+    """The tensor in a model's output, or the first of several: the logits, where there are labels to compare with."""
+    return tensor_of(output, lambda several: tensors_of(several)[:1])
+
+
 def tensors_of(output: Any) -> list[Tensor]:
     """All floating-point tensors in tuples, lists and dicts, in order."""
     if isinstance(output, Tensor):

@@ -86,3 +86,9 @@ def test_reduced_rank_reaches_the_svd_optimum(rank: int) -> None:
     lost = float((x @ (solution - (second_OR @ first_RI).T)).square().sum())
     smallest = float(torch.linalg.svdvals(x @ solution)[rank:].square().sum())
     assert lost == pytest.approx(smallest, rel=1e-6)
+
+
+def test_a_gram_that_is_not_finite_is_an_error_not_an_endless_loop() -> None:
+    gram_II = torch.full((3, 3), float("nan"), dtype=torch.double)
+    with pytest.raises(torch.linalg.LinAlgError):
+        solve_ridge(gram_II, torch.ones(3, 2, dtype=torch.double), 1e-3)
