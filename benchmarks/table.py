@@ -54,6 +54,7 @@ def backbones() -> str:
     rows = sorted(claims["rows"], key=lambda row: (row["module"], row["model"]))
     seen = [row for row in rows if row["attentions"] or row["refused"] or row["reason"] != NO_ATTENTION]
     claimed = [row for row in seen if row["attentions"]]
+    narrowed = [row for row in seen if row["ffns"] and not row["attentions"]]
     tried = json.loads((RESULTS / "coverage.json").read_text())["rows"]
     works = [row for row in tried if row["verdict"] == "works"]
     missing = sorted({row["module"] for row in seen} - {row["module"] for row in tried})
@@ -62,8 +63,9 @@ def backbones() -> str:
         "",
         f"timm {claims['versions']['timm']} has {len(seen)} models with attention in "
         f"{len({row['module'] for row in seen})} modules. {len(claimed)} of them are claimed: at least one of their "
-        f"attentions can be turned into a convolution. The smallest model of {len(tried)} modules was converted: "
-        f"{len(works)} work, the others have nothing to convert or fail, as the table says. "
+        f"attentions can be turned into a convolution; {len(narrowed)} more can only lose hidden units. The "
+        f"smallest model of {len(tried)} modules was converted: "
+        f"{len(works)} work, the others say why not. "
         f"{'Not converted yet: ' + ', '.join(missing) + '.' if missing else ''}",
         "",
         "Written by `python -m benchmarks.table` from what `python -m benchmarks.coverage` measures.",

@@ -233,7 +233,7 @@ def convert(
         )
         seconds["distill"] = time.perf_counter() - started
         after = outputs(hybrid, calibration.images, output_fn=output_fn)
-    run = Run(target, distill_steps, seed, seconds, laws, example.device)
+    run = Run(target, distill_steps, seed, seconds, laws, example.device, seen.warnings)
     report = make_report(plan, calibration, choice, before, after, run)
     final = apply(plan, original, _cast(hybrid, original))
     return Conversion(final, plan, report, calibration)

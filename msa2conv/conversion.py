@@ -75,6 +75,7 @@ class Run:
         seconds: {stage: wall time}.
         laws: what `verify` returned.
         device: where it ran.
+        warnings: what its inspection warned of.
     """
 
     target: int
@@ -83,6 +84,7 @@ class Run:
     seconds: dict[str, float]
     laws: dict[str, float]
     device: torch.device
+    warnings: list[str]
 
 
 def make_report(
@@ -119,7 +121,7 @@ def make_report(
         versions=versions(),
         device=_device_name(run.device),
         laws=run.laws,
-        warnings=[*calibration.warnings, *_hints(calibration, found)],
+        warnings=[*run.warnings, *calibration.warnings, *_hints(calibration, found)],
     )
 
 

@@ -222,7 +222,7 @@ class CostModel:
         narrowed = counts
         if ffns:
             narrow = copy.deepcopy(model)
-            apply_edits(narrow, [edit for site in ffns for edit in site.slices(range(site.hidden - 1))])
+            apply_edits(narrow, [edit for site in ffns for edit in site.edits(range(site.hidden - 1))])
             narrowed = flops_by_module(lift(narrow, sites).model, seen.inputs)
         shapes = {}
         for site in sites:

@@ -330,10 +330,13 @@ class Search:
             return without_autocast(copy.deepcopy(net)).float()(images)
 
     def _warnings(self) -> list[str]:
+        found = self._seen.warnings
         gates = [gate.theta.detach() for gate in self.named_gates.values()]
         if not any(bool((theta.sigmoid() > 0.5).any()) for theta in gates):
-            return ["every gate had closed: the solver reopened the most probable ones; lower gate_lr or search longer"]
-        return []
+            found.append(
+                "every gate had closed: the solver reopened the most probable ones; lower gate_lr or search longer"
+            )
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers of the whole search, for `load_state_dict`."""

@@ -58,7 +58,7 @@ class Slice(_Data):
 
 
 class SetAttr(_Data):
-    """Set an existing plain attribute (int, float or tuple of ints) of the module at `path` to a value of its type."""
+    """Set an existing plain attribute (int, float, tuple or list of ints) of the module at `path`, keeping its type."""
 
     kind: Literal["set"] = "set"
     path: Path

@@ -17,7 +17,7 @@ from .errors import InvalidInput, NonFiniteValue
 from .kernels import Rows as Rows
 from .layouts import Layout
 from .ops import IO
-from .plan import Slice, ranges
+from .plan import Edit, Range, SetAttr, Slice, ranges
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,38 @@ Unit = tuple[str, int] | tuple[str, int, int]
 
 
 @dataclass(frozen=True)
+class Units:
+    """What hangs on the hidden units of an FFN; paths are relative to it.
+
+    Args:
+        hanging: (parameter or buffer, dimension[, offset]): unit j is index j + offset there. A layer that computes
+            gate and value at once stands here twice.
+        beside: (parameter or buffer, dimension, range) of what lies there beside hidden units, and stays.
+        split: (attribute, widths) of the module: how it splits what its first layer computes, hidden units first.
+    """
+
+    hanging: tuple[Unit, ...]
+    beside: tuple[tuple[str, int, Range], ...] = ()
+    split: tuple[str, tuple[int, ...]] | None = None
+
+    def edits(self, path: str, kept: Iterable[int]) -> tuple[Edit, ...]:
+        """The Edits that leave these hidden units of the FFN at `path`."""
+        kept = sorted(kept)
+        indices: dict[tuple[str, int], list[int]] = {}
+        for name, dim, *offset in self.hanging:
+            indices.setdefault((name, dim), []).extend(unit + sum(offset) for unit in kept)
+        for name, dim, (start, stop) in self.beside:
+            indices[name, dim].extend(range(start, stop))
+        edits: list[Edit] = [
+            Slice(path=f"{path}.{name}", dim=dim, kept=ranges(found)) for (name, dim), found in indices.items()
+        ]
+        if self.split is not None:
+            attribute, widths = self.split
+            edits.append(SetAttr(path=path, name=attribute, value=(len(kept), *widths[1:])))
+        return tuple(edits)
+
+
+@dataclass(frozen=True)
 class FFNSite:
     """One feed-forward network whose hidden units can be dropped.
 
@@ -81,8 +113,7 @@ class FFNSite:
         hidden: number of hidden units.
         layout: how its tokens lie on the image; tells prefix tokens from patches.
         output: path of the layer that reads the hidden units, relative to `path`; its weights are refitted.
-        units: (parameter or buffer path relative to `path`, dimension[, offset]) of everything that hangs on one hidden
-            unit: unit j is index j + offset there. A layer that computes gate and value at once stands here twice.
+        units: what hangs on the hidden units.
     """
 
     path: str
@@ -91,18 +122,11 @@ class FFNSite:
     hidden: int
     layout: Layout
     output: str
-    units: tuple[Unit, ...]
+    units: Units
 
-    def slices(self, kept: Iterable[int]) -> tuple[Slice, ...]:
-        """The Slices that leave these hidden units."""
-        kept = sorted(kept)
-        offsets: dict[tuple[str, int], list[int]] = {}
-        for path, dim, *offset in self.units:
-            offsets.setdefault((path, dim), []).append(offset[0] if offset else 0)
-        return tuple(
-            Slice(path=f"{self.path}.{path}", dim=dim, kept=ranges([unit + start for start in starts for unit in kept]))
-            for (path, dim), starts in offsets.items()
-        )
+    def edits(self, kept: Iterable[int]) -> tuple[Edit, ...]:
+        """The Edits that leave these hidden units."""
+        return self.units.edits(self.path, kept)
 
 
 Site = AttentionSite | FFNSite

@@ -36,6 +36,9 @@ TINY = {
         3,
         "b c h w @ 4x6+0",
     ),
+    "convit": Tiny(
+        "convit.ConVit", {**_VIT, "img_size": 64, "local_up_to_layer": 1}, (64, 64), 2, 2, "b (h w) c @ 4x4+0"
+    ),
     "crossvit": Tiny(
         "crossvit.CrossVit",
         {**_S, "img_size": 48, "embed_dim": (24, 48), "depth": ((1, 1, 0),), "num_heads": (2, 2)},
@@ -151,6 +154,14 @@ TINY = {
         2,
         2,
         "(b nh nw) h w c @ 6x6+0",
+    ),
+    "shvit": Tiny(
+        "shvit.SHViT",
+        {**_S, "embed_dim": (16, 24, 32), "partial_dim": (8, 12, 16), "qk_dim": (8, 8, 8), "depth": (1, 1, 1)},
+        (96, 128),
+        3,
+        7,
+        "b c h w @ 6x8+0",
     ),
     "swin_v2": Tiny(
         "swinv2_tiny_window8_256",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from msa2conv.workbench import working_copy
 FAMILIES = pytest.mark.parametrize("family", backbones.TINY)
 # What is left without the claimed attentions still looks at the whole map: class, channel or strided attention.
 NOT_LOCAL = ("levit", "efficientformer_v2", "gcvit")
+NO_CHECKPOINTING = ("convit", "crossvit", "pit", "twins")  # in timm
 
 
 @cache
@@ -41,14 +43,21 @@ def test_what_is_found(family: str) -> None:
     assert all(item.reason for item in seen.claims.refusals)
 
 
-@FAMILIES
-def test_it_converts(family: str, tmp_path: Path) -> None:
-    """`convert` checks lifting, lowering, costs and budget; here that every kind of option is right, and the file."""
+@cache
+def converted(family: str) -> msa2conv.Conversion:
     model, seen = inspected(family)
     images = backbones.images(family)
     target = max(0.8, 1.02 * seen.floor / seen.costs.base)
     result = msa2conv.convert(model, target, data=images, example_inputs=images[:1], progress=False)
     assert 0.99 * target <= result.plan.flops / result.plan.base.flops <= target
+    return result
+
+
+@FAMILIES
+def test_it_converts(family: str, tmp_path: Path) -> None:
+    """`convert` checks lifting, lowering, costs and budget; here that every kind of option is right, and the file."""
+    model, seen = inspected(family)
+    images, result = backbones.images(family), converted(family)
     options = result.calibration.options()
     replaced = [o for site in seen.claims.attentions for o in options[site.path] if o.edits]
     assert {o.name for o in replaced} >= {"skip", "constant", "conv1x1"}
@@ -61,6 +70,38 @@ def test_it_converts(family: str, tmp_path: Path) -> None:
     again = msa2conv.load(result.save(tmp_path / "hybrid.safetensors"), model)
     assert torch.equal(output(again, images), output(result.model, images))
     assert mixing(result.model, images) <= max(1e-5, mixing(model, images))  # timm 1.0.21's GC ViT mixes images
+
+
+@FAMILIES
+def test_a_hybrid_trains_with_and_without_checkpointing(family: str) -> None:
+    model, images = copy.deepcopy(converted(family).model).train(), backbones.images(family, 4)
+    gradients = []
+    for checkpointing in (False, True) if family not in NO_CHECKPOINTING else (False,):
+        if checkpointing:
+            model.set_grad_checkpointing(True)
+        model.zero_grad()
+        torch.manual_seed(0)
+        out = model(images)
+        sum(part.square().sum() for part in (out if isinstance(out, tuple) else (out,))).backward()
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    assert all(gradient.isfinite().all() for gradient in gradients[0])
+    assert any(bool(gradient.any()) for gradient in gradients[0])
+    torch.testing.assert_close(gradients[-1], gradients[0], rtol=1e-4, atol=1e-4)
+
+
+@FAMILIES
+@torch.no_grad()
+def test_a_hybrid_compiles_and_computes_in_half_precision(family: str) -> None:
+    original, hybrid, images = backbones.build(family), converted(family).model, backbones.images(family, 4)
+    torch.compiler.reset()
+    compiled = torch.compile(hybrid, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images), hybrid(images), rtol=1e-5, atol=1e-5)
+    errors = []
+    for model in (original, hybrid):
+        rounded = output(copy.deepcopy(model).to(torch.bfloat16), images.to(torch.bfloat16)).float()
+        exact = output(model, images)
+        errors.append(float((rounded - exact).norm() / exact.norm()))
+    assert errors[1] < 2 * errors[0] + 0.02
 
 
 def mixing(model: nn.Module, images: Tensor) -> float:

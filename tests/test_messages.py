@@ -229,11 +229,11 @@ def test_unknown_attention_is_listed(refused: Refused) -> None:
 
 
 def test_an_attention_that_is_no_module_is_refused_with_the_reason(refused: Refused) -> None:
-    from timm.models.vision_transformer import ParallelScalingBlock
+    from timm.models.vision_transformer import DiffParallelScalingBlock
 
-    model = vit(block_fn=ParallelScalingBlock)
-    reason = "(ParallelScalingBlock): attention and FFN share one projection: not a module of its own"
-    found = f"blocks.0 and 1 more {reason}"
+    model = vit(block_fn=DiffParallelScalingBlock)
+    reason = "attention and FFN share one projection: the attention is not a module of its own"
+    found = f"blocks.0 and 1 more (DiffParallelScalingBlock): {reason}"
     text = f"VisionTransformer: found {found}; expected {ADAPTERS}. {WRITE_ADAPTER}"
     with refused(NoSitesFound, text, model):
         convert(model, 0.5)
@@ -890,8 +890,8 @@ TWICE = {"kind": "slice", "path": "blocks.0.norm1.bias", "dim": 0}
         (
             edit(kind="slice", path="pos_embed", dim=2, kept=[[0, 8]]),
             "pos_embed",
-            "a parameter of VisionTransformer; expected Linear, LayerNorm, BatchNorm, or a convolution that is "
-            f"ungrouped or depthwise. {PLAN_HINT}",
+            "a parameter of VisionTransformer; expected Linear, LayerNorm, BatchNorm, a convolution that is ungrouped "
+            f"or depthwise, or a vector of its own. {PLAN_HINT}",
         ),
         (
             lambda plan: plan["edits"].extend([{**TWICE, "kept": [[0, 8]]}, {**TWICE, "kept": [[8, 16]]}]),
@@ -906,7 +906,7 @@ TWICE = {"kind": "slice", "path": "blocks.0.norm1.bias", "dim": 0}
         (
             edit(kind="set", path="blocks.0", name="training", value=1),
             "blocks.0.training",
-            f"int for bool; expected an existing int, float or tuple attribute and a value …. {PLAN_HINT}",
+            f"int for bool; expected an existing int, float, tuple or list attribute and a value …. {PLAN_HINT}",
         ),
         *(
             (

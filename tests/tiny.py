@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from msa2conv.layouts import Layout
 from msa2conv.ops import IO
-from msa2conv.sites import AttentionSite, Claims, FFNSite, Observation, Projections, Rows
+from msa2conv.sites import AttentionSite, Claims, FFNSite, Observation, Projections, Rows, Units
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 3, "num_classes": 10}
 SWIN = {"patch_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (3, 6), "window_size": 7, "num_classes": 10}
@@ -113,7 +113,7 @@ class GridAdapter:
                 found.append(AttentionSite(path, block, dim, module.heads, head_dim, layout, io, named))
             elif isinstance(module, GridMlp) and call is not None:
                 layout = Layout(pattern="b h w c", grid=call.x[1:3])
-                units = (("up.weight", 0), ("up.bias", 0), ("down.weight", 1))
+                units = Units((("up.weight", 0), ("up.bias", 0), ("down.weight", 1)))
                 dim, hidden = module.up.in_features, module.up.out_features
                 found.append(FFNSite(path, block, dim, hidden, layout, "down", units))
         return Claims.of(found)

@@ -37,7 +37,8 @@ def find_sites(model: nn.Module, seen: Observation, adapters: Iterable[Adapter] 
     """Ask every adapter; return all Sites in execution order.
 
     Raises:
-        NoSitesFound: no attention was claimed; the message lists what was seen and why it was refused.
+        NoSitesFound: no attention was claimed; the message lists what was seen and why it was refused. A model whose
+            attentions are all left for known reasons may still lose hidden units.
         ConflictingClaims: two adapters claim the same module.
     """
     adapters = tuple(default_adapters() if adapters is None else adapters)
@@ -55,11 +56,13 @@ def find_sites(model: nn.Module, seen: Observation, adapters: Iterable[Adapter] 
                 )
             owners[site.path] = adapter.name
         found.append(claims)
-    found.append(Claims((), tuple(_unknown(model, seen, found))))
+    unknown = tuple(_unknown(model, seen, found))
+    found.append(Claims((), unknown))
     order = {path: index for index, path in enumerate(seen.calls)}
     sites = sorted((site for claims in found for site in claims.sites), key=lambda site: order[site.path])
     refusals = tuple(refusal for claims in found for refusal in claims.refusals)
-    if not any(isinstance(site, AttentionSite) for site in sites):
+    attentions = any(isinstance(site, AttentionSite) for site in sites)
+    if not attentions and (unknown or not sites or not refusals):
         raise NoSitesFound(
             type(model).__name__,
             _describe(refusals),

@@ -21,7 +21,7 @@ from ..sites import (
     Refusal,
     Rows,
     Site,
-    Unit,
+    Units,
     argument_names,
 )
 from ..transforms.groups import hidden_units
@@ -57,9 +57,16 @@ class Attention:
 
 @dataclass(frozen=True)
 class FFN:
-    """One class of FFN: the layer that reads its hidden units. Which parameters hang on them is found by tracing."""
+    """One class of FFN. Which parameters hang on its hidden units is found by tracing.
+
+    Args:
+        output: the layer that reads the hidden units.
+        split: attribute that lists how the module splits what its first layer computes, hidden units first; for blocks
+            that compute attention and FFN from one projection.
+    """
 
     output: str = "fc2"
+    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,12 +90,12 @@ class Declarations:
 
     def claims(self, model: nn.Module, seen: Observation) -> Claims:
         found: list[Site | Refusal] = []
-        groups: dict[Any, tuple[Unit, ...] | str] = {}  # FFNs of one shape hang together in the same way
+        groups: dict[Any, Units | str] = {}  # FFNs of one shape hang together in the same way
         for path, module in model.named_modules():
             attention, ffn, left = _of(module, self.attentions), _of(module, self.ffns), _of(module, self.left)
             if left is not None:
                 found.append(Refusal(path, type(module).__name__, left))
-            elif attention is not None or ffn is not None:
+            if attention is not None or ffn is not None:
                 call = seen.once(path)
                 if call is None or call.x is None:
                     times = len(seen.calls.get(path, []))
@@ -147,11 +154,11 @@ def _width(module: nn.Module, kind: FFN) -> int:
     return int(output.weight.shape[0])
 
 
-def _ffn(place: Place, kind: FFN, groups: dict[Any, tuple[Unit, ...] | str]) -> FFNSite:
+def _ffn(place: Place, kind: FFN, groups: dict[Any, Units | str]) -> FFNSite:
     module, call = place.module, place.call
     key = (repr(module), call.x, tuple(sorted((k, str(v)) for k, v in call.arguments.items())))
     if key not in groups:
-        groups[key] = hidden_units(module, kind.output, place.x, call.arguments)
+        groups[key] = hidden_units(module, kind.output, place.x, call.arguments, kind.split)
     units = groups[key]
     if isinstance(units, str):
         raise Unknown(f"{units}: left dense")

@@ -203,7 +203,7 @@ class FFNRecord:
     def _option(self, width: int, score: float | None) -> Option:
         kept = self.order[len(self.order) - width :].sort().values
         name, flops = f"{width}/{self.ffn.hidden}", self.costs.ffn(self.ffn, width)
-        return Option(self.site, name, flops, self.ffn.slices(kept.tolist()), lambda: self._refit(kept), score)
+        return Option(self.site, name, flops, self.ffn.edits(kept.tolist()), lambda: self._refit(kept), score)
 
     def _refit(self, kept: Tensor) -> dict[str, Tensor]:
         """W' = W C[:, kept] (C[kept, kept] + ridge)^-1; the mean of what left goes into the bias."""

@@ -222,5 +222,5 @@ def thresholded(gate: Gate, options: list[Option]) -> Option:
 def width_option(site: FFNSite, kept: list[int], costs: CostModel, price: float = 0.0) -> Option:
     """An FFN that keeps these hidden units."""
     width = len(kept)
-    edits = () if width == site.hidden else site.slices(kept)
+    edits = () if width == site.hidden else site.edits(kept)
     return Option(site.path, f"{width}/{site.hidden}", costs.ffn(site, width), edits, score=price)

@@ -167,10 +167,10 @@ class _Reader:
             width = site.hidden
             kept = is_open(checkpoint.take(f"{path}.ffn_thresholds", width)).nonzero().flatten().tolist()
         else:
-            first = checkpoint.state.get(f"{path}.{site.units[0][0]}")
+            first = checkpoint.state.get(f"{path}.{site.units.hanging[0][0]}")
             width = site.hidden if first is None else min(*first.shape[:1], site.hidden)
             kept = list(range(width))
-        axes, tensors = {path: dim for path, dim, *_ in site.units}, dict[str, Tensor]()
+        axes, tensors = {path: dim for path, dim, *_ in site.units.hanging}, dict[str, Tensor]()
         for name, value in self.model.get_submodule(path).state_dict().items():
             shape = [width if axis == axes.get(name) else side for axis, side in enumerate(value.shape)]
             found = checkpoint.take(f"{path}.{name}", *shape)

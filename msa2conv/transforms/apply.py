@@ -15,7 +15,7 @@ from ..plan import Edit, Plan, Replace, SetAttr, Slice, fingerprint
 
 _HINT = "Apply a Plan only to the model it was made for; do not edit Plans by hand."
 _SLICEABLE = (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.modules.batchnorm._BatchNorm)
-_SLICEABLE_TEXT = "Linear, LayerNorm, BatchNorm, or a convolution that is ungrouped or depthwise"
+_SLICEABLE_TEXT = "Linear, LayerNorm, BatchNorm, a convolution that is ungrouped or depthwise, or a vector of its own"
 _LARGEST_GROWTH = 64  # a new mixer may hold so many times the parameters of the module that it replaces
 
 
@@ -71,7 +71,8 @@ def apply_edits(model: nn.Module, edits: Iterable[Edit], root: str = "") -> None
         elif isinstance(edit, Slice):
             _slice(model, path, edit)
         else:
-            setattr(submodule(model, path), edit.name, edit.value)
+            owner = submodule(model, path)
+            setattr(owner, edit.name, type(getattr(owner, edit.name))(edit.value))
 
 
 def relative(path: str, root: str) -> str:
@@ -133,7 +134,7 @@ def _check(model: nn.Module, edit: Edit, path: str) -> None:
                 f"something inside the shape {tuple(parameter.shape)}",
                 _HINT,
             )
-        if not isinstance(owner, _SLICEABLE) or (isinstance(owner, nn.Conv2d) and owner.groups not in (1, _out(owner))):
+        if not _sliceable(owner, parameter):
             raise InvalidPlan(edit.path, f"a parameter of {type(owner).__name__}", _SLICEABLE_TEXT, _HINT)
     else:
         _check_attribute(submodule(model, path), edit)
@@ -159,12 +160,12 @@ def _check_start(model: nn.Module, path: str, edit: Replace, start: SharedStart)
 
 def _check_attribute(owner: nn.Module, edit: SetAttr) -> None:
     old = vars(owner).get(edit.name)
-    same_type = type(old) is type(edit.value)
-    if not same_type or not isinstance(old, (int, float, tuple)) or isinstance(old, bool):
+    same_type = type(edit.value) is (tuple if type(old) is list else type(old))
+    if not same_type or not isinstance(old, (int, float, tuple, list)) or isinstance(old, bool):
         raise InvalidPlan(
             f"{edit.path}.{edit.name}",
             f"{type(edit.value).__name__} for {type(old).__name__ if old is not None else 'a missing attribute'}",
-            "an existing int, float or tuple attribute and a value of the same type",
+            "an existing int, float, tuple or list attribute and a value of the same type",
             _HINT,
         )
 
@@ -173,8 +174,11 @@ def _numel(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _out(conv: nn.Conv2d) -> int:
-    return conv.weight.shape[0]
+def _sliceable(owner: nn.Module, parameter: Tensor) -> bool:
+    """Whether it is known what else must change; nothing, where a composed module holds a vector itself."""
+    if isinstance(owner, nn.Conv2d):
+        return owner.groups in (1, owner.weight.shape[0])
+    return isinstance(owner, _SLICEABLE) or (parameter.ndim == 1 and any(owner.children()))
 
 
 def _parameter(model: nn.Module, path: str) -> tuple[nn.Module, Tensor]:

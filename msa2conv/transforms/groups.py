@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..layouts import Layout
-from ..sites import FFNSite, Given, Unit
+from ..plan import Range
+from ..sites import Given, Unit, Units
 from .apply import apply_edits
 
 
 def hidden_units(
-    ffn: nn.Module, output: str, shape: tuple[int, ...], arguments: Mapping[str, Any] | None = None
-) -> tuple[Unit, ...] | str:
+    ffn: nn.Module,
+    output: str,
+    shape: tuple[int, ...],
+    arguments: Mapping[str, Any] | None = None,
+    split: str | None = None,
+) -> Units | str:
     """Everything that goes when one hidden unit goes: the Units of an FFNSite.
 
     The answer is tried out on random weights: without a unit the module must compute what it computes when the output
@@ -28,6 +33,7 @@ def hidden_units(
         output: path of the layer that reads the hidden units, a Linear or a 1 x 1 convolution.
         shape: shape of the module's input.
         arguments: what it is called with besides.
+        split: attribute of the module that lists how it splits what its first layer computes, hidden units first.
 
     Returns:
         The group, or the reason why its units cannot be dropped safely.
@@ -37,18 +43,24 @@ def hidden_units(
     if given:
         return f"it is called with {given[0]!r}, which cannot be traced"
     ffn = _random_copy(ffn)
+    widths = () if split is None else tuple(getattr(ffn, split))
     layer = ffn.get_submodule(output)
     hidden = _inputs_of(layer)
     if hidden is None:
         return f"its output layer {output} is neither a Linear nor an ungrouped 1 x 1 convolution"
     if hidden < 2:
         return "it has a single hidden unit"
+    if widths and widths[0] != hidden:
+        return f"the first of its {split} {list(widths)} is not the {hidden} inputs of its output layer {output}"
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     try:
-        units = _group(ffn, layer, x, arguments)
+        hanging = _group(ffn, layer, x, arguments)
     except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, IndexError, KeyError) as error:
         return f"torch-pruning cannot trace it ({type(error).__name__})"
-    if isinstance(units, str) or _is_exact(ffn, output, hidden, units, x, arguments):
+    if isinstance(hanging, str):
+        return hanging
+    units = Units(hanging, tuple(_beside(ffn, hanging, hidden)), (split, widths) if split else None)
+    if _is_exact(ffn, output, hidden, units, x, arguments):
         return units
     return "its output depends on a hidden unit in more ways than through its output layer"
 
@@ -80,8 +92,10 @@ def _random_copy(ffn: nn.Module) -> nn.Module:
 def _group(ffn: nn.Module, layer: nn.Module, x: Tensor, arguments: Mapping[str, Any]) -> tuple[Unit, ...] | str:
     import torch_pruning as tp
 
-    names = {module: path for path, module in ffn.named_modules()}
-    with torch.enable_grad():
+    names: dict[Any, str] = {module: path for path, module in ffn.named_modules()}
+    own = {parameter: name for name, parameter in ffn.named_parameters() if parameter.ndim == 1}
+    with torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it guesses at parameters that no layer owns; what it says is tried out
         graph = tp.DependencyGraph().build_dependency(
             ffn, example_inputs=x, forward_fn=lambda model, inputs: model(inputs, **arguments)
         )
@@ -90,19 +104,35 @@ def _group(ffn: nn.Module, layer: nn.Module, x: Tensor, arguments: Mapping[str, 
     for dependency, indices in graph.get_pruning_group(layer, prune, idxs=[0]):
         module, produces = dependency.target.module, graph.is_out_channel_pruning_fn(dependency.handler)
         if module not in names:
-            if isinstance(module, nn.Parameter):
+            if module in own:
+                units += _at(own[module], 0, indices)
+            elif isinstance(module, nn.Parameter):
                 return "torch-pruning finds a parameter in the group that no layer owns"
             continue  # activations and reshapes hold nothing
         hanging = _hanging(module, produces)
         if hanging is None:
             return f"its {type(module).__name__} {names[module]} couples the hidden units"
         for parameter, dim in hanging:
-            units += [
-                (f"{names[module]}.{parameter}", dim, int(i)) if i else (f"{names[module]}.{parameter}", dim)
-                for i in indices
-            ]
+            units += _at(f"{names[module]}.{parameter}", dim, indices)
     order = {name: position for position, name in enumerate(ffn.state_dict())}
     return tuple(sorted(set(units), key=lambda unit: (order[unit[0]], *unit[1:])))
+
+
+def _at(name: str, dim: int, indices: Iterable[int]) -> list[Unit]:
+    return [(name, dim, int(i)) if i else (name, dim) for i in indices]
+
+
+def _beside(ffn: nn.Module, hanging: Iterable[Unit], hidden: int) -> Iterator[tuple[str, int, Range]]:
+    """What is no hidden unit in the parameters that they hang on."""
+    values = {**dict(ffn.named_parameters()), **dict(ffn.named_buffers())}
+    starts: dict[tuple[str, int], list[int]] = {}
+    for name, dim, *offset in hanging:
+        starts.setdefault((name, dim), []).append(sum(offset))
+    for (name, dim), found in starts.items():
+        edges = [0, *(edge for start in sorted(found) for edge in (start, start + hidden)), values[name].shape[dim]]
+        for start, stop in zip(edges[::2], edges[1::2], strict=True):
+            if start < stop:
+                yield name, dim, (start, stop)
 
 
 def _hanging(module: nn.Module, produces: bool) -> list[tuple[str, int]] | None:
@@ -122,19 +152,16 @@ def _hanging(module: nn.Module, produces: bool) -> list[tuple[str, int]] | None:
 
 
 @torch.no_grad()
-def _is_exact(
-    ffn: nn.Module, output: str, hidden: int, units: tuple[Unit, ...], x: Tensor, arguments: Mapping[str, Any]
-) -> bool:
+def _is_exact(ffn: nn.Module, output: str, hidden: int, units: Units, x: Tensor, arguments: Mapping[str, Any]) -> bool:
     """Whether dropping units 0 and `hidden` - 2 equals not listening to them."""
     gone = sorted({0, hidden - 2})
-    site = FFNSite("ffn", "", 0, hidden, Layout(grid=(1, 1)), output, units)
     holder = nn.Module()
     holder.ffn = copy.deepcopy(ffn)
     weight = ffn.get_submodule(output).weight
     weight[:, gone] = 0  # type: ignore[operator]
     expected = ffn(x, **arguments)
     try:
-        apply_edits(holder, site.slices(unit for unit in range(hidden) if unit not in gone))
+        apply_edits(holder, units.edits("ffn", (unit for unit in range(hidden) if unit not in gone)))
         found = holder.ffn(x, **arguments)
     except (RuntimeError, ValueError):
         return False

@@ -15,11 +15,11 @@ from msa2conv.cost import CostModel
 from msa2conv.layouts import Layout
 from msa2conv.levers import FFN
 from msa2conv.levers.ffn import FFNRecord
-from msa2conv.sites import FFNSite
+from msa2conv.sites import FFNSite, Units
 from msa2conv.transforms.lift import realise
 
 DIM, HIDDEN = 6, 16
-UNITS = (("up.weight", 0), ("up.bias", 0), ("down.weight", 1))
+UNITS = Units((("up.weight", 0), ("up.bias", 0), ("down.weight", 1)))
 
 
 class Mlp(nn.Module):

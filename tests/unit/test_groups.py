@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from msa2conv.layouts import Layout
-from msa2conv.sites import FFNSite, Given
+from msa2conv.sites import Given, Unit, Units
 from msa2conv.transforms.apply import apply_edits
 from msa2conv.transforms.groups import hidden_units
 
@@ -86,27 +86,66 @@ def glu() -> nn.Module:
     return GluMlp(8, 24)
 
 
+def hanging(*args: Any) -> set[Unit]:
+    units = hidden_units(*args)
+    assert isinstance(units, Units) and not units.beside and units.split is None
+    return set(units.hanging)
+
+
 def test_a_plain_ffn() -> None:
     from timm.layers import Mlp
 
-    assert set(hidden_units(Mlp(8, 12), "fc2", (1, 5, 8))) == PAIR
-    assert set(hidden_units(Mlp(8, 12, bias=False), "fc2", (1, 5, 8))) == PAIR - {("fc1.bias", 0)}
-    assert set(hidden_units(Mlp(8, 12, drop=0.5), "fc2", (1, 4, 4, 8))) == PAIR
+    assert hanging(Mlp(8, 12), "fc2", (1, 5, 8)) == PAIR
+    assert hanging(Mlp(8, 12, bias=False), "fc2", (1, 5, 8)) == PAIR - {("fc1.bias", 0)}
+    assert hanging(Mlp(8, 12, drop=0.5), "fc2", (1, 4, 4, 8)) == PAIR
 
 
 def test_a_gate_goes_with_its_units() -> None:
-    assert set(hidden_units(Gated(), "fc2", (1, 5, 8))) == {*PAIR, ("gate.weight", 0)}
+    assert hanging(Gated(), "fc2", (1, 5, 8)) == {*PAIR, ("gate.weight", 0)}
 
 
 def test_a_layer_that_holds_gate_and_value_stands_there_twice() -> None:
     expected = {*PAIR, ("fc1.weight", 0, 12), ("fc1.bias", 0, 12)}
-    assert set(hidden_units(glu(), "fc2", (1, 5, 8))) == expected
+    assert hanging(glu(), "fc2", (1, 5, 8)) == expected
 
 
 def test_batch_norms_and_depthwise_convolutions_go_with_their_channel() -> None:
-    units = hidden_units(Deep(), "fc2", (1, 8, 4, 4))
+    found = hanging(Deep(), "fc2", (1, 8, 4, 4))
     norm = {(f"norm.{name}", 0) for name in ("weight", "bias", "running_mean", "running_var")}
-    assert set(units) == {*PAIR, *norm, ("mid.weight", 0), ("mid.bias", 0)}
+    assert found == {*PAIR, *norm, ("mid.weight", 0), ("mid.bias", 0)}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_a_block_that_computes_attention_and_ffn_at_once(bias: bool) -> None:
+    """What is no hidden unit in its first projection stays; without a joint bias the units have one of their own."""
+    from timm.models.vision_transformer import ParallelScalingBlock
+
+    block = ParallelScalingBlock(8, 2, mlp_ratio=1.5, qkv_bias=bias).eval()
+    for parameter in block.parameters():
+        parameter.normal_()
+    units = hidden_units(block, "mlp_out_proj", (1, 5, 8), {}, "in_split")
+    assert isinstance(units, Units)
+    joint = {("in_proj.weight", 0), ("in_proj.bias" if bias else "mlp_bias", 0)}
+    assert set(units.hanging) == {*joint, ("mlp_out_proj.weight", 1)}
+    assert {(name, span) for name, _, span in units.beside} == {
+        (name, (12, 36)) for name, _ in joint if name.startswith("in_proj")
+    }
+    kept, deaf, holder, x = [0, 3, 4, 11], copy.deepcopy(block), nn.Module(), torch.randn(2, 5, 8)
+    deaf.mlp_out_proj.weight[:, [unit for unit in range(12) if unit not in kept]] = 0
+    holder.block = copy.deepcopy(block)
+    apply_edits(holder, units.edits("block", kept))
+    assert holder.block.in_split == [4, 8, 8, 8] and holder.block.in_proj.out_features == 28
+    torch.testing.assert_close(holder.block(x), deaf(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_split_that_is_not_what_it_is_said_to_be_is_named() -> None:
+    from timm.models.vision_transformer import ParallelScalingBlock
+
+    block = ParallelScalingBlock(8, 2, mlp_ratio=1.5)
+    block.in_split = [8, 12, 8, 8]
+    expected = "the first of its in_split [8, 12, 8, 8] is not the 12 inputs of its output layer mlp_out_proj"
+    assert hidden_units(block, "mlp_out_proj", (1, 5, 8), {}, "in_split") == expected
 
 
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], dict[str, object]]] = {
@@ -124,13 +163,13 @@ def test_without_units_it_computes_what_it_did_without_listening_to_them(
 ) -> None:
     module = build().eval()
     units = hidden_units(module, "fc2", (1, *shape[1:]), arguments)
-    assert not isinstance(units, str)
+    assert isinstance(units, Units)
     kept = [0, 1, 4, 5, 6, 9, 11]
     deaf, holder, x = copy.deepcopy(module), nn.Module(), torch.randn(shape)
     gone = [unit for unit in range(12) if unit not in kept]
     deaf.fc2.weight[:, gone] = 0
     holder.ffn = copy.deepcopy(module)
-    apply_edits(holder, FFNSite("ffn", "", 8, 12, Layout(grid=(1, 1)), "fc2", units).slices(kept))
+    apply_edits(holder, units.edits("ffn", kept))
     torch.testing.assert_close(holder.ffn(x, **arguments), deaf(x, **arguments), rtol=1e-5, atol=1e-6)
     assert sum(p.numel() for p in holder.parameters()) < sum(p.numel() for p in module.parameters())
 
@@ -176,4 +215,4 @@ def test_weights_on_the_meta_device_do() -> None:
 
     with torch.device("meta"):
         module = Mlp(8, 12)
-    assert set(hidden_units(module, "fc2", (1, 5, 8))) == PAIR
+    assert hanging(module, "fc2", (1, 5, 8)) == PAIR

@@ -6,7 +6,7 @@ _POOL = "a pooling head: it does not mix a map"
 _CLASS = "class attention: only the class token asks, the map is not mixed"
 _CHANNELS = "attention across channels: it does not mix positions"
 _LINEAR = "attention without a softmax over positions, linear in their number already"
-_FUSED = "attention and FFN share one projection: not a module of its own"
+_FUSED = "attention and FFN share one projection: the attention is not a module of its own"
 _CONVNET = "it re-weights the features of a ConvNet: no softmax over positions"
 _STRIDED = "it changes the size of the map"
 
