@@ -87,7 +87,7 @@ def scored_again(searched: Searched, budget: int) -> Choices:
     """Score every option with the plan at all other sites, solve again, keep the better plan on held-out images."""
     calibration = searched.calibration
     before = msa2conv.choose(searched.model, calibration, budget, progress=False)
-    net, records = lift(searched.model, before.choices), []
+    net, records = lift(searched.model, searched.calibration.sites), []
     with net.pinned(net.branches(before.choices)):
         blocks = [site.block for site in searched.sites.values()]
         replay = Replay(net.model, blocks, list(torch.split(calibration.images, BATCH)))
@@ -107,7 +107,7 @@ def tried(net: Supernet, site: Site, option: Option) -> Iterator[None]:
     """Run with `option` at one site, whatever is pinned there."""
     node, gate = net.nodes[site.path], net.nodes[site.path].gate
     if option.edits:
-        node.add("tried", net.branch(site, option))
+        node.add("tried", net.branch(option))
     node.gate = "tried" if option.edits else HOST
     try:
         yield
@@ -123,20 +123,20 @@ def refitted(searched: Searched, budget: int, original: bool) -> Choices:
     The regression target is what the host makes of the new input, or what it made of the original one (`original`).
     """
     choices = planned(searched, budget)
-    net, branches = lift(searched.model, choices), dict[str, nn.Module]()
+    net, branches = lift(searched.model, searched.calibration.sites), dict[str, nn.Module]()
     batches = torch.split(searched.calibration.without_held_out(searched.images), BATCH)
     for path, option in choices.items():
         if option.edits:
             site, host = searched.sites[path], net.nodes[path].host
             with net.pinned(branches):
                 now = [at(net, site, batch) for batch in batches]
-            targets = [at(net, site, batch)[1] for batch in batches] if original else [out for _, out, _ in now]
+            targets = [at(net, site, batch)[1] for batch in batches] if original else [out for _, out in now]
             choices[path] = fitted_again(searched, site, host, option, now, targets)
-            branches[path] = net.branch(site, choices[path])
+            branches[path] = net.branch(choices[path])
     return choices
 
 
-Seen = tuple[Tensor, Tensor, Tensor]  # input, output and hidden units (or nothing) of a site on a batch
+Seen = tuple[Tensor, Tensor]  # input (of an FFN: its hidden units) and output of a site on a batch
 
 
 class Reached(Exception):
@@ -146,24 +146,20 @@ class Reached(Exception):
 @torch.no_grad()
 def at(net: Supernet, site: Site, batch: Tensor) -> Seen:
     """What the host at a site sees and makes of a batch; nothing behind it runs."""
-    host, seen, hidden = net.nodes[site.path].host, list[Tensor](), [torch.empty(0)]
+    seen: list[Seen] = []
 
     def stop(_module: nn.Module, args: Any, out: Tensor) -> None:
-        seen.extend((args[0], out))
+        seen.append((args[0], out))
         raise Reached
 
-    handles = [host.register_forward_hook(stop)]
-    if isinstance(site, FFNSite):
-        layer = host.get_submodule(site.output)
-        handles.append(layer.register_forward_pre_hook(lambda _m, args: hidden.__setitem__(0, args[0])))
+    handle = net.nodes[site.path].host.register_forward_hook(stop)
     try:
         net.model(batch)
     except Reached:
         pass
     finally:
-        for handle in handles:
-            handle.remove()
-    return seen[0], seen[1], hidden[0]
+        handle.remove()
+    return seen[0]
 
 
 def fitted_again(
@@ -174,17 +170,17 @@ def fitted_again(
     if isinstance(site, FFNSite):
         host = aimed(host, site, now, targets, weight)
     statistics = lever.lever.statistics(site, host, weight, 1.0)
-    for (x, out, hidden), target in zip(now, targets, strict=True):
+    for (x, out), target in zip(now, targets, strict=True):
         if isinstance(site, AttentionSite):  # the prefix keeps its own attention, which has nothing to fit
             target = torch.cat((out[:, :prefix], target[:, prefix:]), 1)
-        statistics.update(x, target, hidden)
+        statistics.update(x, target)
     return next(again for again in statistics.fit(host, searched.costs).options() if again.name == option.name)
 
 
-def aimed(host: nn.Module, site: FFNSite, now: list[Seen], targets: list[Tensor], weight: float) -> nn.Module:
-    """A copy of the FFN whose output layer also adds a ridge regression of what its output misses of the target."""
-    hidden_BNK = torch.cat([hidden for _, _, hidden in now])
-    missing_BNO = torch.cat(targets) - torch.cat([out for _, out, _ in now])
+def aimed(host: Any, site: FFNSite, now: list[Seen], targets: list[Tensor], weight: float) -> nn.Module:
+    """A copy of an FFN's output layer that also adds a ridge regression of what its output misses of the target."""
+    hidden_BNK = torch.cat([hidden for hidden, _ in now])
+    missing_BNO = torch.cat(targets) - torch.cat([out for _, out in now])
     weights_BN = torch.ones(hidden_BNK.shape[:2])
     weights_BN[:, : site.layout.prefix] = weight
     weights_L1 = (weights_BN / weights_BN.sum()).reshape(-1, 1)
@@ -196,10 +192,9 @@ def aimed(host: nn.Module, site: FFNSite, now: list[Seen], targets: list[Tensor]
         (weighted_KL @ centred_LK).double(), (weighted_KL @ (missing_LO - mean_O)).double(), FFN().ridge
     ).float()
     host = copy.deepcopy(host)
-    layer: Any = host.get_submodule(site.output)
     with torch.no_grad():
-        layer.weight += change_KO.T
-        layer.bias += mean_O - mean_K @ change_KO
+        host.weight += change_KO.T
+        host.bias += mean_O - mean_K @ change_KO
     return host
 
 
@@ -280,7 +275,7 @@ def main() -> None:
 def measured(
     searched: Searched, choices: Choices, x: Tensor, y: Tensor, reference: Tensor, dense: float
 ) -> dict[str, Any]:
-    net, hosts = lift(searched.model, choices), searched.costs.hosts
+    net, hosts = lift(searched.model, searched.calibration.sites), searched.costs.hosts
     with net.pinned(net.branches(choices)):
         found = outputs(net.model, x)
     flops = searched.costs.base + sum(option.flops - hosts[path] for path, option in choices.items())

@@ -198,7 +198,7 @@ class CostModel:
 
     Args:
         base: multiply-adds of the original.
-        hosts: {site path: multiply-adds of the host there}.
+        hosts: {site path: multiply-adds of the attention there, or of all hidden units of the FFN}.
         units: {FFN site path: multiply-adds of one hidden unit}.
         shapes: {site path: shape of its input at batch 1}.
     """
@@ -229,16 +229,17 @@ class CostModel:
             call = seen.once(site.path)
             assert call is not None and call.x is not None
             shapes[site.path] = call.x
-        hosts = {site.path: counts[site.path] for site in sites}
-        return cls(counts[""], hosts, {s.path: counts[s.path] - narrowed[s.path] for s in ffns}, shapes)
+        units = {site.path: counts[site.path] - narrowed[site.path] for site in ffns}
+        hosts = {s.path: s.hidden * units[s.path] if isinstance(s, FFNSite) else counts[s.path] for s in sites}
+        return cls(counts[""], hosts, units, shapes)
 
     def mixer(self, site: AttentionSite, spec: MixerSpec) -> int:
         """Multiply-adds of a mixer at a site."""
         return _mixer_flops(spec, site.io, self.shapes[site.path])
 
     def ffn(self, site: FFNSite, kept: int) -> int:
-        """Multiply-adds of an FFN with `kept` hidden units."""
-        return self.hosts[site.path] - (site.hidden - kept) * self.units[site.path]
+        """Multiply-adds of `kept` hidden units of an FFN."""
+        return kept * self.units[site.path]
 
 
 @cache  # blocks are alike

@@ -54,7 +54,7 @@ def choose(
     options = calibration.options()
     rest = calibration.costs.base - sum(calibration.costs.hosts[path] for path in options)
     found = diverse(options, rest, target)
-    net = lift(model, options)
+    net = lift(model, calibration.sites)
     distances: dict[str, float] = {}
     for name, choices in track(found.items(), "compare", progress):
         with net.pinned(net.branches(choices)) as pinned:

@@ -107,7 +107,7 @@ class FFNSite:
     """One feed-forward network whose hidden units can be dropped.
 
     Args:
-        path: module path of the FFN.
+        path: module path of the FFN, or of the block that computes it itself; other sites may lie inside.
         block: path of the block around it.
         dim: channels of its input and output.
         hidden: number of hidden units.
@@ -123,6 +123,11 @@ class FFNSite:
     layout: Layout
     output: str
     units: Units
+
+    @property
+    def reader(self) -> str:
+        """Module path of the layer that reads the hidden units."""
+        return f"{self.path}.{self.output}"
 
     def edits(self, kept: Iterable[int]) -> tuple[Edit, ...]:
         """The Edits that leave these hidden units."""

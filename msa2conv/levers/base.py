@@ -16,6 +16,11 @@ class Record(Protocol):
     """All Options of one site, fitted; savable as JSON + tensors."""
 
     @property
+    def at(self) -> Site:
+        """The site."""
+        ...
+
+    @property
     def site(self) -> str:
         """Path of the site."""
         ...
@@ -40,8 +45,8 @@ class Record(Protocol):
 class Statistics(Protocol):
     """Streaming sums over activations of one site."""
 
-    def update(self, x: Tensor, out: Tensor, hidden: Tensor | None) -> None:
-        """Add a batch: input, output, and (for an FFN) the hidden units."""
+    def update(self, x: Tensor, out: Tensor) -> None:
+        """Add a batch: input (of an FFN, its hidden units) and output."""
         ...
 
     def fit(self, host: nn.Module, costs: CostModel) -> Record:
@@ -69,5 +74,12 @@ class Lever(Protocol):
         ...
 
     def statistics(self, site: Site, host: nn.Module, prefix_weight: float, ridge_factor: float) -> Statistics:
-        """Empty sums. `prefix_weight`: weight of a prefix row against a patch row; `ridge_factor` multiplies ridges."""
+        """Empty sums.
+
+        Args:
+            site: the site.
+            host: the attention, or the output layer of an FFN.
+            prefix_weight: weight of a prefix row against a patch row.
+            ridge_factor: multiplies ridges.
+        """
         ...

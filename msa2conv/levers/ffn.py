@@ -71,7 +71,7 @@ class FFN(BaseModel):
         assert isinstance(site, FFNSite)
         lever = self.model_copy(update={"ridge": self.ridge * ridge_factor})
         weight = prefix_weight if self.weigh_prefix else 1.0
-        return FFNStatistics(lever, site, weight, isinstance(host.get_submodule(site.output), nn.Conv2d))
+        return FFNStatistics(lever, site, weight, isinstance(host, nn.Conv2d))
 
 
 class FFNStatistics:
@@ -85,10 +85,8 @@ class FFNStatistics:
         self.sum_K = torch.zeros(site.hidden, dtype=torch.double)
         self.total = 0.0
 
-    def update(self, x: Tensor, out: Tensor, hidden: Tensor | None) -> None:
-        assert hidden is not None
-        if self.channels_first:
-            hidden = hidden.movedim(1, -1)
+    def update(self, x: Tensor, out: Tensor) -> None:
+        hidden = x.movedim(1, -1) if self.channels_first else x
         weights = torch.ones(hidden.shape[:-1], device=hidden.device)
         if self.site.layout.prefix:
             weights[:, : self.site.layout.prefix] = self.prefix_weight
@@ -102,7 +100,7 @@ class FFNStatistics:
         self.total += float(weights_L.sum())
 
     def fit(self, host: nn.Module, costs: CostModel) -> FFNRecord:
-        layer: Any = host.get_submodule(self.site.output)
+        layer: Any = host
         weight_OK = layer.weight.detach().float().cpu().flatten(1)  # of a 1 x 1 convolution too
         assert self.shift_K is not None
         above_K = self.sum_K / self.total
@@ -167,7 +165,7 @@ def _one_by_one(inverse_SS: Tensor, weight_OS: Tensor, count: int) -> list[int]:
 class FFNRecord:
     """Everything needed to build an FFN of any allowed width."""
 
-    ffn: FFNSite
+    at: FFNSite
     lever: FFN
     costs: CostModel
     order: Tensor
@@ -181,18 +179,18 @@ class FFNRecord:
 
     @property
     def site(self) -> str:
-        return self.ffn.path
+        return self.at.path
 
     def _measured_widths(self) -> list[int]:
-        widths = self.lever.widths(self.ffn.hidden)[:-1]
-        wanted = [fraction * self.ffn.hidden for fraction in MEASURED_FRACTIONS] + [min(widths, default=0)]
+        widths = self.lever.widths(self.at.hidden)[:-1]
+        wanted = [fraction * self.at.hidden for fraction in MEASURED_FRACTIONS] + [min(widths, default=0)]
         return sorted({min(widths, key=lambda width: abs(width - target)) for target in wanted} if widths else set())
 
     def to_measure(self) -> list[Option]:
         return [self._option(width, None) for width in self._measured_widths()]
 
     def options(self) -> list[Option]:
-        host = self.ffn.hidden
+        host = self.at.hidden
         measured = sorted([*self.scores, (host, 0.0)])
         widths, scores = zip(*measured, strict=True)
         result = [Option(self.site, f"{host}/{host}", self.costs.hosts[self.site], score=0.0)]
@@ -202,15 +200,15 @@ class FFNRecord:
 
     def _option(self, width: int, score: float | None) -> Option:
         kept = self.order[len(self.order) - width :].sort().values
-        name, flops = f"{width}/{self.ffn.hidden}", self.costs.ffn(self.ffn, width)
-        return Option(self.site, name, flops, self.ffn.edits(kept.tolist()), lambda: self._refit(kept), score)
+        name, flops = f"{width}/{self.at.hidden}", self.costs.ffn(self.at, width)
+        return Option(self.site, name, flops, self.at.edits(kept.tolist()), lambda: self._refit(kept), score)
 
     def _refit(self, kept: Tensor) -> dict[str, Tensor]:
         """W' = W C[:, kept] (C[kept, kept] + ridge)^-1; the mean of what left goes into the bias."""
         covariance_KK, mean_K = self.covariance_KK.double(), self.mean_K.double()
         target_KO = covariance_KK[kept] @ self.weight_OK.double().T
         refit_KO = solve_ridge(covariance_KK[kept][:, kept], target_KO, self.lever.ridge)
-        path = f"{self.site}.{self.ffn.output}"
+        path = self.at.reader
         weight_OK = refit_KO.T.float().contiguous()
         tensors = {f"{path}.weight": weight_OK[:, :, None, None] if self.is_conv else weight_OK}
         if self.has_bias:

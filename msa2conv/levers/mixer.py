@@ -123,7 +123,7 @@ class MixerStatistics:
         self.attention = _prefix_attention(site, host) if lever.prefix == "attend" else None
         self.attention_error = 0.0
 
-    def update(self, x: Tensor, out: Tensor, hidden: Tensor | None) -> None:
+    def update(self, x: Tensor, out: Tensor) -> None:
         prefix_BPC, x_BCHW = self.site.layout.to_map(x)
         prefix_out_BPC, out_BCHW = self.site.layout.to_map(out)
         self.images += len(x_BCHW)
@@ -301,13 +301,13 @@ class Candidate:
 class MixerRecord:
     """The fitted candidates of one attention site."""
 
-    attention: AttentionSite
+    at: AttentionSite
     host_flops: int
     candidates: tuple[Candidate, ...]
 
     @property
     def site(self) -> str:
-        return self.attention.path
+        return self.at.path
 
     def options(self) -> list[Option]:
         return [Option(self.site, HOST_NAME, self.host_flops, score=0.0), *self.to_measure()]
@@ -317,7 +317,7 @@ class MixerRecord:
 
     def _option(self, candidate: Candidate) -> Option:
         path = self.site
-        edit = Replace(path=path, spec=candidate.spec, io=self.attention.io)
+        edit = Replace(path=path, spec=candidate.spec, io=self.at.io)
         named = {f"{path}.{name}": value for name, value in candidate.tensors.items()}
         return Option(path, candidate.op, candidate.flops, (edit,), lambda: named, candidate.score)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..cost import CostModel
 from ..layouts import APART
-from ..sites import AttentionSite, Claims, FFNSite, Site, listed
+from ..sites import AttentionSite, Claims, FFNSite, listed
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,7 @@ class Inspection:
 
     def share(self, kind: type[AttentionSite] | type[FFNSite]) -> float:
         """Fraction of all multiply-adds spent in the sites of one kind."""
-        return sum(self.flops(site) for site in self.claims.sites if isinstance(site, kind)) / self.costs.base
-
-    def flops(self, site: Site) -> int:
-        """Multiply-adds of a site; of an FFN those that hang on its hidden units."""
-        costs = self.costs
-        return costs.hosts[site.path] if isinstance(site, AttentionSite) else site.hidden * costs.units[site.path]
+        return sum(self.costs.hosts[s.path] for s in self.claims.sites if isinstance(s, kind)) / self.costs.base
 
     @property
     def warnings(self) -> list[str]:
@@ -50,17 +45,17 @@ class Inspection:
         base = self.costs.base
         width = max(28, *(len(site.path) for site in self.claims.sites))
         size = " x ".join(map(str, self.input_size))
-        attention, ffn = self.share(AttentionSite), self.share(FFNSite)
         lines = [
             f"{self.name}   {base / 1e9:.3f} GFLOPs (multiply-adds, batch 1)"
             f"   {self.parameters / 1e6:.2f} M params   {size}",
-            f"attention {attention:.1%}   ffn {ffn:.1%}   rest {1 - attention - ffn:.1%}",
+            f"attention {self.share(AttentionSite):.1%}   ffn {self.share(FFNSite):.1%}"
+            f"   rest {self.costs.rest / base:.1%}",
             f"reachable: {self.floor / 1e9:.3f} (floor, {self.floor / base:.1%}) to {base / 1e9:.3f} GFLOPs",
             "",
             f"{'site':<{width}} {'kind':<10} {'MFLOPs':>8}  geometry",
         ]
         for site in self.claims.sites:
-            flops = self.flops(site) / 1e6
+            flops = self.costs.hosts[site.path] / 1e6
             if isinstance(site, AttentionSite):
                 lines.append(f"{site.path:<{width}} {'attention':<10} {flops:8.1f}  {_geometry(site)}")
             else:

@@ -66,6 +66,11 @@ class Calibration:
         """{site path: its options, the host among them}; scores are measured or interpolated."""
         return {record.site: record.options() for record in self.records}
 
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Where its options are."""
+        return tuple(record.at for record in self.records)
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write to one .safetensors file, atomically."""
         tensors = {"images": self.images, "reference": self.reference}
@@ -199,7 +204,7 @@ def calibrate_sites(
         for site, option in track(jobs, "score", progress):
             scores = journal.scores.setdefault(site.path, {})
             if option.name not in scores:
-                with net.pinned({site.path: net.branch(site, option)}):
+                with net.pinned({site.path: net.branch(option)}):
                     output = replay.run(site.block)
                 scores[option.name] = min(_WORST, max(0.0, distance(replay.reference, output, measure)))
                 journal.save_now_and_then()
@@ -266,12 +271,10 @@ def _listening(net: Supernet, sites: list[Site], statistics: dict[str, Any]) -> 
     """Feed the statistics from hooks on the hosts of a lifted copy."""
     handles = []
     for site in sites:
-        host, sums, hidden = net.nodes[site.path].host, statistics.get(site.path), dict[str, Tensor]()
+        host, sums = net.nodes[site.path].host, statistics.get(site.path)
 
-        def see(
-            _m: nn.Module, args: Any, kwargs: Any, out: Any, site: Site = site, sums: Any = sums, h: Any = hidden
-        ) -> None:
-            name = site.io.x if isinstance(site, AttentionSite) else next(iter(kwargs), "")
+        def see(_m: nn.Module, args: Any, kwargs: Any, out: Any, site: Site = site, sums: Any = sums) -> None:
+            name = site.io.x if isinstance(site, AttentionSite) else ""
             x, out = args[0] if args else kwargs[name], out[0] if isinstance(out, tuple) else out
             if not torch.isfinite(out).all():
                 raise NonFiniteValue(
@@ -279,12 +282,9 @@ def _listening(net: Supernet, sites: list[Site], statistics: dict[str, Any]) -> 
                     "Check the normalisation of the images, and the weights.",
                 )  # fmt: skip
             if sums is not None:
-                sums.update(x, out, h.pop("x", None))
+                sums.update(x, out)
 
         handles.append(host.register_forward_hook(see, with_kwargs=True))
-        if isinstance(site, FFNSite):
-            layer = host.get_submodule(site.output)
-            handles.append(layer.register_forward_pre_hook(lambda _m, args, h=hidden: h.__setitem__("x", args[0])))
     try:
         yield
     finally:

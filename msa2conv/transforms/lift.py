@@ -5,29 +5,36 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..options import Option
-from ..sites import Site
+from ..plan import Slice
+from ..sites import FFNSite, Site
 from .apply import apply_edits, load_tensors, relative, replace_submodule
 from .supernode import HOST, Supernode
 
 
 class Supernet:
-    """A lifted copy of a model. With every gate at the host it computes exactly what the original does (law 1)."""
+    """A lifted copy of a model. With every gate at the host it computes exactly what the original does (law 1).
 
-    def __init__(self, model: nn.Module, nodes: dict[str, Supernode]) -> None:
-        self.model, self.nodes = model, nodes
+    Args:
+        model: the lifted copy.
+        sites, nodes: {site path: site}, {site path: its supernode}.
+    """
 
-    def branch(self, site: Site, option: Option) -> nn.Module:
-        """Build what `option` puts at `site`: its edits and tensors, run on a copy of the host alone."""
-        return realise(option, self.nodes[site.path].host, site.path)
+    def __init__(self, model: nn.Module, sites: dict[str, Site], nodes: dict[str, Supernode]) -> None:
+        self.model, self.sites, self.nodes = model, sites, nodes
+
+    def branch(self, option: Option) -> nn.Module:
+        """Build what `option` puts at its site: its edits and tensors, run on a copy of the host alone."""
+        return realise(option, self.sites[option.site], self.nodes[option.site].host)
 
     def branches(self, choices: Mapping[str, Option]) -> dict[str, nn.Module]:
         """{site path: branch} of every choice other than the host."""
-        return {path: realise(option, self.nodes[path].host, path) for path, option in choices.items() if option.edits}
+        return {path: self.branch(option) for path, option in choices.items() if option.edits}
 
     @contextmanager
     def pinned(self, choices: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
@@ -42,33 +49,64 @@ class Supernet:
                 self.nodes[path].remove("pinned")
 
 
-def lift(model: nn.Module, sites: Iterable[Site | str]) -> Supernet:
-    """Copy `model` and put a Supernode at every site (or module path); the original is not touched."""
-    lifted = copy.deepcopy(model)
+def lift(model: nn.Module, sites: Iterable[Site]) -> Supernet:
+    """Copy `model` and put a Supernode at every attention and at the output layer of every FFN.
+
+    The original is not touched.
+    """
+    lifted, found = copy.deepcopy(model), {site.path: site for site in sites}
     nodes: dict[str, Supernode] = {}
-    for site in sites:
-        path = site if isinstance(site, str) else site.path
-        node = Supernode(lifted.get_submodule(path)).train(lifted.training)
-        replace_submodule(lifted, path, node)
-        nodes[path] = node
-    return Supernet(lifted, nodes)
+    for path, site in found.items():
+        place = _place(site)
+        nodes[path] = Supernode(lifted.get_submodule(place)).train(lifted.training)
+        replace_submodule(lifted, place, nodes[path])
+    return Supernet(lifted, found, nodes)
 
 
-def realise(option: Option, host: nn.Module, path: str) -> nn.Module:
-    """The module that `option` leaves at `path`, built from a copy of the host."""
+def realise(option: Option, site: Site, host: nn.Module) -> nn.Module:
+    """What `option` leaves of the host of `site`'s supernode, built from a copy."""
+    place = _place(site)
+    edits = [edit for edit in option.edits if edit.path.startswith(f"{place}.") or edit.path == place]
     holder = nn.Module()
-    holder._modules["site"] = copy.deepcopy(host)
-    edits = [edit.model_copy(update={"path": _rebase(edit.path, path)}) for edit in option.edits]
-    apply_edits(holder, edits)
-    tensors = {_rebase(name, path): value for name, value in option.tensors().items()}
-    load_tensors(holder, tensors)
-    site: nn.Module = holder._modules["site"]  # type: ignore[assignment]
-    return site
+    holder._modules["host"] = copy.deepcopy(host)
+    apply_edits(holder, [edit.model_copy(update={"path": _rebase(edit.path, place)}) for edit in edits])
+    load_tensors(holder, {_rebase(name, place): value for name, value in option.tensors().items()})
+    branch: nn.Module = holder._modules["host"]  # type: ignore[assignment]
+    if isinstance(site, FFNSite):
+        (read,) = (edit for edit in edits if isinstance(edit, Slice))
+        return Selective(branch, [unit for start, stop in read.kept for unit in range(start, stop)])
+    return branch
+
+
+class Selective(nn.Module):
+    """A layer that listens to some of its inputs only: a narrowed FFN before anything is cut.
+
+    Args:
+        layer: a Linear or a 1 x 1 convolution of `len(kept)` inputs.
+        kept: which of the hidden units they are.
+    """
+
+    kept: Tensor
+
+    def __init__(self, layer: nn.Module, kept: list[int]) -> None:
+        super().__init__()
+        self.layer = layer
+        weight: Any = layer.weight
+        self.register_buffer("kept", torch.tensor(kept, device=weight.device), persistent=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        channels = 1 if isinstance(self.layer, nn.Conv2d) else -1
+        out: Tensor = self.layer(hidden.index_select(channels, self.kept))
+        return out
+
+
+def _place(site: Site) -> str:
+    return site.reader if isinstance(site, FFNSite) else site.path
 
 
 def _rebase(path: str, root: str) -> str:
     inner = relative(path, root)
-    return f"site.{inner}" if inner else "site"
+    return f"host.{inner}" if inner else "host"
 
 
 @torch.no_grad()

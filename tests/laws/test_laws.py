@@ -68,8 +68,7 @@ def test_lifting_is_the_identity(case: Case) -> None:
 
 
 def pinned_output(case: Case, net: Supernet, choices: Mapping[str, Option], images: Tensor) -> Tensor:
-    sites = {site.path: site for site in case.seen.claims.sites}
-    branches = {path: net.branch(sites[path], option) for path, option in choices.items() if option.edits}
+    branches = {path: net.branch(option) for path, option in choices.items() if option.edits}
     with net.pinned(branches) as pinned:
         return run(pinned, images)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 
 import numpy as np
@@ -16,7 +17,7 @@ from msa2conv.layouts import Layout
 from msa2conv.levers import FFN
 from msa2conv.levers.ffn import FFNRecord
 from msa2conv.sites import FFNSite, Units
-from msa2conv.transforms.lift import realise
+from msa2conv.transforms.apply import apply_edits, load_tensors
 
 DIM, HIDDEN = 6, 16
 UNITS = Units((("up.weight", 0), ("up.bias", 0), ("down.weight", 1)))
@@ -37,16 +38,20 @@ class Mlp(nn.Module):
 def fitted(host: Mlp, x: Tensor, prefix: int = 0, weight: float = 1.0, step: int = 4) -> FFNRecord:
     layout = Layout(grid=(1, x.shape[1] - prefix), prefix=prefix)
     site = FFNSite("mlp", "mlp", DIM, HIDDEN, layout, "down", UNITS)
-    costs = CostModel(10**6, {"mlp": 10_000}, {"mlp": 100}, {"mlp": (1, *x.shape[1:])})
-    statistics = FFN(round_to=step, min_keep=0.25, ridge=1e-9).statistics(site, host, weight, 1.0)
+    costs = CostModel(10**6, {"mlp": 1600}, {"mlp": 100}, {"mlp": (1, *x.shape[1:])})
+    statistics = FFN(round_to=step, min_keep=0.25, ridge=1e-9).statistics(site, host.down, weight, 1.0)
     with torch.no_grad():
         for batch in x.split(16):
-            statistics.update(batch, host(batch), host.hidden(batch))
-        return statistics.fit(host, costs)
+            statistics.update(host.hidden(batch), host(batch))
+        return statistics.fit(host.down, costs)
 
 
 def narrowed(record: FFNRecord, host: Mlp, width: int) -> Mlp:
-    return realise(record._option(width, None), host, "mlp")
+    option, holder = record._option(width, None), nn.Module()
+    holder.mlp = copy.deepcopy(host)
+    apply_edits(holder, option.edits)
+    load_tensors(holder, option.tensors())
+    return holder.mlp
 
 
 @torch.no_grad()
@@ -103,7 +108,7 @@ def test_narrower_ffns_keep_a_subset_and_cost_less() -> None:
     assert all(small < large for small, large in pairwise(kept))
     errors = [relative_error(narrowed(record, host, width)(x), host(x)) for width in (4, 8, 12, 16)]
     assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-6
-    assert [record._option(width, None).flops for width in (4, 16)] == [8800, 10_000]
+    assert [record._option(width, None).flops for width in (4, 16)] == [400, 1600]
 
 
 def test_narrowing_reports_honest_sizes() -> None:
@@ -127,10 +132,10 @@ def test_scores_between_measured_widths_are_interpolated(case: Case) -> None:
         if isinstance(record, FFNRecord):
             options = record.options()
             measured = dict(record.scores)
-            assert options[0].score == 0 and len(options) == len(FFN().widths(record.ffn.hidden))
+            assert options[0].score == 0 and len(options) == len(FFN().widths(record.at.hidden))
             for option in options[1:]:
                 width = int(option.name.split("/")[0])
-                around = sorted((*measured, record.ffn.hidden), key=lambda each: abs(each - width))
+                around = sorted((*measured, record.at.hidden), key=lambda each: abs(each - width))
                 if width in measured:
                     assert option.score == pytest.approx(measured[width])
                 else:

@@ -48,7 +48,7 @@ def fitted(host: nn.Module, layout: Layout, lever: Mixer, heads: int = 3) -> Mix
     costs = CostModel(10**9, {"attn": 10**8}, {}, {"attn": (windows, *x.shape[1:])})
     statistics = lever.statistics(site, host, 1.0, 1.0)
     for batch in x.split(50 * windows):
-        statistics.update(batch, host(batch), None)
+        statistics.update(batch, host(batch))
     return statistics.fit(host, costs)
 
 
@@ -61,7 +61,7 @@ def error_of(record: MixerRecord, op: str, host: nn.Module, layout: Layout) -> f
     """Relative to the variance of the host's output on the map."""
     option = next(option for option in record.options() if option.name == op)
     x = pictures(layout)
-    expected, found = layout.to_map(host(x))[1], layout.to_map(realise(option, host, "attn")(x))[1]
+    expected, found = layout.to_map(host(x))[1], layout.to_map(realise(option, record.at, host)(x))[1]
     return float((found - expected).square().sum() / (expected - expected.mean()).square().sum())
 
 
@@ -144,7 +144,7 @@ def test_projections_that_lie_are_noticed() -> None:
         host = case.work.get_submodule(site.path)
         statistics = Mixer().statistics(site, host, 1.0, 1.0)
         x = torch.randn(12, 17, 48, generator=torch.Generator().manual_seed(0))
-        statistics.update(x, host(x), None)
+        statistics.update(x, host(x))
         assert isinstance(statistics._prefix_spec(), kind)
 
 
@@ -156,7 +156,7 @@ def test_attended_prefix_tokens_come_out_as_the_host_makes_them() -> None:
     with torch.no_grad():
         for option in case.options[site.path]:
             if option.name in ("global", "conv1x1", "conv3x3"):
-                found = realise(option, host, site.path)(x)
+                found = realise(option, site, host)(x)
                 torch.testing.assert_close(found[:, :3], host(x)[:, :3], rtol=1e-4, atol=1e-4)
 
 

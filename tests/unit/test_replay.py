@@ -26,7 +26,7 @@ def test_a_suffix_equals_a_full_run_for_every_block(case: Case) -> None:
     for site in case.seen.claims.sites:
         assert_same(replay.run(site.block), replay.reference)
         cheapest = min(case.options[site.path], key=lambda option: option.flops)
-        with net.pinned({site.path: net.branch(site, cheapest)}):
+        with net.pinned({site.path: net.branch(cheapest)}):
             found, expected = replay.run(site.block), net.model(case.images[:8])
             assert float((expected - replay.reference).abs().max()) > 1e-3
             assert_same(found, expected)
