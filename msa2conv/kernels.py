@@ -37,9 +37,13 @@ def centre(offsets: Offsets) -> int:
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Rows:
-    """Names one projection inside a host: rows `start:stop` of the Linear at `path` (None: all of them).
+    """Names one projection inside a host: rows `start:stop` (None: all of them) of a Linear, or of a weight of its own.
 
-    `bias` names a parameter of the host that is added instead of the Linear's own bias (BEiT's and EVA's `v_bias`).
+    Args:
+        path: the Linear, or the parameter (`in_proj_weight` of nn.MultiheadAttention).
+        start, stop: the rows.
+        bias: a parameter of the host that is added instead of the Linear's own bias: these rows of it, or all of it
+            where it has no others (BEiT's and EVA's `v_bias`).
     """
 
     path: Path
@@ -49,12 +53,17 @@ class Rows:
 
     def read(self, host: nn.Module) -> tuple[Tensor, Tensor | None]:
         """-> (weight [O, I], bias [O] or None), views of the host's current parameters."""
-        linear = host.get_submodule(self.path)
-        weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+        parent, _, name = self.path.rpartition(".")
+        weight = host.get_submodule(parent)._parameters.get(name)
+        bias: Tensor | None = None if self.bias is None else host.get_parameter(self.bias)
+        if weight is None:
+            linear = host.get_submodule(self.path)
+            weight, bias = linear._parameters["weight"], linear._parameters["bias"] if bias is None else bias
         assert weight is not None
-        if self.bias is not None:
-            return weight[self.start : self.stop], host.get_parameter(self.bias)
-        return weight[self.start : self.stop], None if bias is None else bias[self.start : self.stop]
+        rows = weight[self.start : self.stop]
+        if bias is not None and len(bias) != len(rows):
+            bias = bias[self.start : self.stop]
+        return rows, bias
 
 
 class SharedStart(BaseModel):

@@ -18,6 +18,7 @@ from .errors import LayoutMismatch
 
 Size = tuple[int, int]
 LONGEST = 16384  # side of a grid
+_SEQUENCES = ("b (h w) c", "(h w) b c")
 SIDE_BY_SIDE, APART = "b c (nh h) (nw w)", "b c (h nh) (w nw)"
 _AXES = re.compile(r"\(([^()]*)\)|(\S+)")
 
@@ -34,7 +35,7 @@ class Layout(BaseModel):
     parentheses. `b` is the batch, `c` the channels, `h w` the position inside a window, `nh nw` the window; `h1 w1`,
     `h2 w2`, ... are further subdivisions of the map, whose sizes `strides` gives.
 
-        "b (h w) c"             ViT: one window that is the whole grid
+        "b (h w) c"             ViT: one window that is the whole grid; "(h w) b c" with the sequence first
         "(b nh nw) (h w) c"     Swin: windows folded into the batch
         "b (nh nw) (h w) c"     NesT: windows in a dimension of their own
         "b h w c", "b c h w"    maps
@@ -45,7 +46,8 @@ class Layout(BaseModel):
     Args:
         pattern: see above.
         grid: (H, W) of the real positions.
-        prefix: number of tokens (class, distillation, registers) before the patches; needs the pattern `b (h w) c`.
+        prefix: number of tokens (class, distillation, registers) before the patches; needs the pattern `b (h w) c` or
+            `(h w) b c`.
         window: (h, w) of a window; None means the whole grid.
         shift: cyclic shift (rows, columns) that the backbone applied before cutting windows.
         map: `b c (nh h) (nw w)`, windows side by side; `b c (h nh) (w nw)`, the positions of a window lie nh and nw
@@ -91,8 +93,8 @@ class Layout(BaseModel):
                 raise ValueError(f"{name} {size} must lie in 1..{LONGEST}")
         if not all(0 <= shift < side for shift, side in zip(self.shift, self.grid, strict=True)):
             raise ValueError(f"shift {self.shift} must lie in 0..grid-1")
-        if self.prefix and self._groups != [["b"], ["h", "w"], ["c"]]:
-            raise ValueError("prefix tokens need the pattern 'b (h w) c'")
+        if self.prefix and self.pattern not in _SEQUENCES:
+            raise ValueError(f"prefix tokens need the pattern {' or '.join(map(repr, _SEQUENCES))}")
         if self._counts != (1, 1) and not {"nh", "nw"} <= {axis for group in self._groups for axis in group}:
             raise ValueError(f"pattern {self.pattern!r} must name nh and nw, since there are {self._counts} windows")
         return self
@@ -138,6 +140,15 @@ class Layout(BaseModel):
         return self._groups.index(["c"])
 
     @property
+    def _sequence(self) -> int:
+        """Which dimension of a sequence its tokens lie in."""
+        return 1 - self._groups.index(["b"])
+
+    def batch_first(self, tokens: Tensor) -> Tensor:
+        """A sequence as [B, N, C]."""
+        return tokens if self._sequence else tokens.transpose(0, 1)
+
+    @property
     def positions(self) -> int:
         """Number of real grid positions, H * W."""
         return self.grid[0] * self.grid[1]
@@ -154,7 +165,7 @@ class Layout(BaseModel):
             sizes = self._sizes(tokens.shape[self.channels])
             expected = [math.prod([sizes.get(axis, 1) for axis in group]) for group in self._groups]
             if self.prefix:
-                expected[1] += self.prefix
+                expected[self._sequence] += self.prefix
             if all(
                 found % size == 0 if "b" in group else found == size
                 for found, size, group in zip(tokens.shape, expected, self._groups, strict=True)
@@ -175,7 +186,8 @@ class Layout(BaseModel):
         self.check(tokens)
         if self.prefix:
             # one split, whose gradient is one concatenation; two slices would each fill a tensor with zeros
-            prefix_BPC, tokens = torch.split(tokens, [self.prefix, tokens.shape[1] - self.prefix], 1)
+            prefix_BPC, tokens = torch.split(tokens, [self.prefix, self.positions], self._sequence)
+            prefix_BPC = prefix_BPC if self._sequence else prefix_BPC.transpose(0, 1)
         else:
             prefix_BPC = tokens.new_zeros((0,))
         channels = tokens.shape[self.channels]
@@ -204,4 +216,7 @@ class Layout(BaseModel):
         source = [axis for axis in self._order if axis in flat]
         tokens = map_BCHW.reshape([sizes[axis] for axis in source]).permute([source.index(axis) for axis in flat])
         tokens = tokens.reshape([math.prod([sizes[axis] for axis in group]) for group in self._groups])
-        return torch.cat((prefix_BPC, tokens), 1) if self.prefix else tokens
+        if not self.prefix:
+            return tokens
+        prefix = prefix_BPC if self._sequence else prefix_BPC.transpose(0, 1)
+        return torch.cat((prefix, tokens), self._sequence)

@@ -166,6 +166,8 @@ MixerSpec = Annotated[Skip | Identity | Constant | Global | Conv, Field(discrimi
 class TokenMixer(nn.Module, ABC):
     """A token mixer with the calling convention of the attention that it replaces."""
 
+    batch_first = False  # keeps nn.TransformerEncoderLayer off a fast path that would read attention weights
+
     def __init__(self, spec: BaseModel, io: IO) -> None:
         super().__init__()
         self.spec, self.io = spec, io
@@ -325,7 +327,7 @@ class _MapMixer(TokenMixer):
             seen_BI = torch.cat((prefix_BPC.flatten(1), mean_BC), 1) if self.layout.prefix else mean_BC
             out_BCHW = out_BCHW + self.context(seen_BI)[:, :, None, None]
         if self.prefix is not None:
-            prefix_BPC = self.prefix(prefix_BPC, mean_BC, x)
+            prefix_BPC = self.prefix(prefix_BPC, mean_BC, self.layout.batch_first(x))
         return self.layout.from_map(prefix_BPC, out_BCHW)
 
 

@@ -182,6 +182,9 @@ class Given:
     kind: str
 
 
+SAME = Given("the input itself")
+
+
 @dataclass
 class Observation:
     """What one forward pass at batch 1 showed.
@@ -296,7 +299,11 @@ def _call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], o
     return Call(
         None if x is None else tuple(named[x].shape),
         None if y is None else tuple(y.shape),
-        {k: _plain(value) for k, value in named.items() if k != x and value is not None and value is not False},
+        {
+            name: SAME if x is not None and value is named[x] else _plain(value)
+            for name, value in named.items()
+            if name != x and value is not None and value is not False
+        },
         len(out) if isinstance(out, (tuple, list)) else 1,
     )
 

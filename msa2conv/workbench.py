@@ -46,6 +46,8 @@ def working_copy(model: nn.Module) -> nn.Module:
         module._forward_pre_hooks.clear()
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # off the fast path, which calls none of its submodules
     for parameter in work.parameters():
         parameter.grad = None
     work = work.float().eval().requires_grad_(False)

@@ -28,9 +28,11 @@ class Adapter(Protocol):
 
 def default_adapters() -> tuple[Adapter, ...]:
     """The built-in adapters."""
+    from .huggingface import TRANSFORMERS
+    from .pytorch import TORCH, TORCHVISION
     from .timm import TIMM
 
-    return (TIMM,)
+    return (TIMM, TRANSFORMERS, TORCHVISION, TORCH)
 
 
 def find_sites(model: nn.Module, seen: Observation, adapters: Iterable[Adapter] | None = None) -> Claims:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
@@ -13,6 +13,7 @@ from torch import nn
 from ..layouts import LONGEST, Layout, Size
 from ..ops import IO
 from ..sites import (
+    SAME,
     AttentionSite,
     Claims,
     FFNSite,
@@ -30,7 +31,7 @@ from .paths import block_of
 
 _NARROW = 4  # channels; relative positions have two or three, an FFN has more
 Known = TypeVar("Known")
-ByClass = Mapping[str, Known] | Mapping[type, Known]
+ByClass = Mapping[Any, Known]  # a class, or its qualified name; the keys of a Mapping are invariant
 Where = Callable[[Any], Projections | None]
 
 
@@ -44,6 +45,7 @@ class Attention:
         projections: reads off where the weights are kept by heads; None where they are not.
         ignored: arguments that a convolution needs not: a grid size, rotary or relative positions, the mask that keeps
             windows of a rolled map apart. Any other argument is refused by name.
+        same: arguments that must be the very input (keys and values of nn.MultiheadAttention); others are refused.
         returns, echo: see `IO`.
     """
 
@@ -51,6 +53,7 @@ class Attention:
     heads: str | None = "num_heads"
     projections: Where | None = None
     ignored: tuple[str, ...] = ()
+    same: tuple[str, ...] = ()
     returns: Literal["tensor", "tuple", "echo"] = "tensor"
     echo: str | None = None
 
@@ -120,15 +123,17 @@ class Declarations:
 
 def _of(module: nn.Module, known: ByClass[Known]) -> Known | None:
     kind = type(module)
-    names: Mapping[Any, Known] = known
-    return names.get(kind, names.get(f"{kind.__module__}.{kind.__qualname__}"))
+    return known.get(kind, known.get(f"{kind.__module__}.{kind.__qualname__}"))
 
 
 def _attention(place: Place, kind: Attention) -> AttentionSite:
     call, module = place.call, place.module
     if call.out != call.x:
         raise Unknown(f"its output {call.out} has not the shape of its input {call.x}")
-    heeded = [name for name in call.arguments if name not in kind.ignored]
+    others = [name for name in kind.same if call.arguments.get(name, SAME) != SAME]
+    if others:
+        raise Unknown(f"its {others[0]} is not its input: it is no self-attention")
+    heeded = [name for name in call.arguments if name not in (*kind.ignored, *kind.same)]
     if heeded:
         raise Unknown(f"it is called with {heeded[0]!r}, which a convolution cannot honour")
     layout = kind.layout(place)
@@ -143,9 +148,10 @@ def _attention(place: Place, kind: Attention) -> AttentionSite:
 def _io(module: nn.Module, kind: Attention) -> IO:
     x, *names = argument_names(module)
     rest = tuple(names)
-    absent = tuple(name for name in rest if name not in kind.ignored)
-    positional = rest if kind.ignored else ()
-    ignored = tuple(name for name in kind.ignored if name in rest)
+    needless = (*kind.ignored, *kind.same)
+    absent = tuple(name for name in rest if name not in needless)
+    positional = rest if needless else ()
+    ignored = tuple(name for name in needless if name in rest)
     return IO(returns=kind.returns, x=x, positional=positional, ignored=ignored, absent=absent, echo=kind.echo)
 
 
@@ -176,7 +182,7 @@ def _positions(place: Place, output: nn.Module) -> Layout:
     if len(x) != 3 or x[0] != 1:
         return Layout(pattern="b h w c", grid=_any_grid(math.prod(x[:-1])))
     try:
-        prefix = prefix_of(place)
+        prefix = prefix_of(place, x[1])
     except Unknown:
         prefix = 0
     prefix = prefix if prefix < x[1] else 0
@@ -192,28 +198,29 @@ def _any_grid(positions: int) -> Size:
 # Where weights are kept by heads
 
 
-def _by_heads(module: Any, layer: str, out: str, times: int) -> tuple[int, int] | None:
+def _by_heads(module: Any, layer: str, out: str, times: int, count: str) -> tuple[int, int] | None:
     """(heads, width of all of them) if the Linear `layer` holds `times` projections of the width that `out` reads."""
-    joined, last, heads = (getattr(module, name, None) for name in (layer, out, "num_heads"))
+    joined, last, heads = (getattr(module, name, None) for name in (layer, out, count))
     if not isinstance(joined, nn.Linear) or not isinstance(last, nn.Linear) or not isinstance(heads, int):
         return None
     inner = last.in_features
     return (heads, inner) if joined.out_features == times * inner and inner % heads == 0 else None
 
 
-def qkv(layer: str = "qkv", out: str = "proj", plain: bool = False) -> Where:
+def qkv(layer: str = "qkv", out: str = "proj", heads: str = "num_heads", plain: bool = False) -> Where:
     """One Linear for q, k and v, in this order, each by heads.
 
     Args:
         layer, out: names of the Linear layers.
+        heads: attribute that holds the number of heads.
         plain: with no q/k-norm, gate or output norm in the module, it is softmax(scale q k^T) v and nothing else.
     """
 
     def read(module: Any) -> Projections | None:
-        size = _by_heads(module, layer, out, 3)
+        size = _by_heads(module, layer, out, 3, heads)
         if size is None:
             return None
-        heads, inner = size
+        count, inner = size
         if getattr(module, "head_first", False):
             return None  # q, k and v of a head lie together
         parts = [getattr(module, name, None) for name in ("q_norm", "k_norm", "norm", "gate")]
@@ -222,8 +229,8 @@ def qkv(layer: str = "qkv", out: str = "proj", plain: bool = False) -> Where:
         return Projections(
             v=Rows(layer, 2 * inner, 3 * inner, bias),
             out=Rows(out),
-            heads=heads,
-            head_dim=inner // heads,
+            heads=count,
+            head_dim=inner // count,
             q=Rows(layer, 0, inner) if bare else None,
             k=Rows(layer, inner, 2 * inner) if bare else None,
             scale=float(module.scale) if bare else None,
@@ -232,16 +239,35 @@ def qkv(layer: str = "qkv", out: str = "proj", plain: bool = False) -> Where:
     return read
 
 
-def separate(v: str = "v", out: str = "proj", half: bool = False) -> Where:
-    """A Linear of its own for v (the second half of it, where it holds k and v)."""
+def separate(
+    v: str = "v",
+    out: str = "proj",
+    heads: str = "num_heads",
+    half: bool = False,
+    q: str | None = None,
+    k: str | None = None,
+    scale: str | None = None,
+) -> Where:
+    """A Linear of its own for v.
+
+    Args:
+        v, out: names of the Linear layers.
+        heads: attribute that holds the number of heads.
+        half: v is the second half of a Linear that holds k and v.
+        q, k, scale: names of two more, and the attribute that holds the factor of the scores, if the module is
+            softmax(scale q k^T) v and nothing else.
+    """
 
     def read(module: Any) -> Projections | None:
-        size = _by_heads(module, v, out, 2 if half else 1)
+        size = _by_heads(module, v, out, 2 if half else 1, heads)
         if size is None:
             return None
-        heads, inner = size
+        count, inner = size
         rows = Rows(v, inner, 2 * inner) if half else Rows(v)
-        return Projections(v=rows, out=Rows(out), heads=heads, head_dim=inner // heads)
+        named = Projections(v=rows, out=Rows(out), heads=count, head_dim=inner // count)
+        if q is None or k is None or scale is None:
+            return named
+        return replace(named, q=Rows(q), k=Rows(k), scale=float(getattr(module, scale)))
 
     return read
 

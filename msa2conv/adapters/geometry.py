@@ -6,7 +6,7 @@ where what it sees does not fit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,24 +59,30 @@ class Place:
 Geometry = Callable[[Place], Layout]
 
 
-def tokens(prefix: int | None = None) -> Geometry:
+def tokens(prefix: int | Callable[[Place], int] | None = None, pattern: str = "b (h w) c") -> Geometry:
     """A sequence [B, prefix + H W, C], row by row.
 
     Args:
-        prefix: number of tokens before the patches; None: see `prefix_of`.
+        prefix: number of tokens before the patches, or how to find it; None: see `prefix_of`.
+        pattern: "(h w) b c" for [prefix + H W, B, C].
     """
+    sequence = 1 if pattern.startswith("b") else 0
 
     def layout(place: Place) -> Layout:
-        if len(place.x) != 3 or place.x[0] != 1:
+        if len(place.x) != 3 or place.x[1 - sequence] != 1:
             raise Unknown(f"its tokens {place.x} are not one sequence an image")
-        before = prefix_of(place) if prefix is None else prefix
-        return checked(place, Layout(grid=grid_of(place, place.x[1] - before), prefix=before))
+        length = place.x[sequence]
+        before = prefix(place) if callable(prefix) else prefix_of(place, length) if prefix is None else prefix
+        return checked(place, Layout(pattern=pattern, grid=grid_of(place, length - before), prefix=before))
 
     return layout
 
 
-def prefix_of(place: Place) -> int:
-    """Number of tokens before the patches: what the model says; else the fewest that leave a grid, at most two."""
+def prefix_of(place: Place, length: int) -> int:
+    """How many of so many tokens come before the patches: what the model says; else the fewest that leave a grid.
+
+    At most two then.
+    """
     for name in ("num_prefix_tokens", "has_cls_token", "num_tokens"):
         count = place.attribute(name)
         if isinstance(count, int):
@@ -84,9 +90,9 @@ def prefix_of(place: Place) -> int:
     image = _image(place)
     for grids in (_strided, _shaped_alike):
         for count in (0, 1, 2):
-            if len(grids(place.x[1] - count, image)) == 1:
+            if len(grids(length - count, image)) == 1:
                 return count
-    raise Unknown(f"its {place.x[1]} tokens are no grid of a {image[0]} x {image[1]} image, less up to two tokens")
+    raise Unknown(f"its {length} tokens are no grid of a {image[0]} x {image[1]} image, less up to two tokens")
 
 
 def channels_last(place: Place) -> Layout:
@@ -136,9 +142,33 @@ def windows(
     return layout
 
 
+def unrolled(place: Place, size: Sequence[int], schedule: Sequence[Sequence[int]]) -> Layout:
+    """Hiera's tokens, ordered so that every pooling takes the maximum over the outermost axis.
+
+    Args:
+        place: the attention.
+        size: sides of the first map.
+        schedule: strides of the poolings, the first one first.
+    """
+    grid, left = (int(size[0]), int(size[1])), [(int(rows), int(columns)) for rows, columns in schedule]
+    while grid[0] * grid[1] > place.x[1] and left:
+        grid = (grid[0] // left[0][0], grid[1] // left.pop(0)[1])
+    levels = range(1, len(left) + 1)
+    inside = " ".join(f"h{level} w{level}" for level in levels)
+    fine_h, fine_w = (" ".join(f"{side}{level}" for level in reversed(levels)) for side in "hw")
+    layout = Layout(
+        pattern=f"b ({inside} h w) c",
+        grid=grid,
+        map=f"b c (nh h {fine_h}) (nw w {fine_w})",
+        strides=tuple(left),
+    )
+    return checked(place, layout)
+
+
 def grid_of(place: Place, positions: int) -> Size:
     """(H, W) of this many positions: as an argument says, as a map around has them, or as the image is shaped."""
-    for value in place.call.arguments.values():
+    arguments = place.call.arguments
+    for value in (*arguments.values(), (arguments.get("height"), arguments.get("width"))):
         sides = pair(value)
         if sides and sides[0] * sides[1] == positions:
             return sides
@@ -180,8 +210,14 @@ def _shaped_alike(positions: int, image: Size) -> set[Size]:
 def _map_around(place: Place, pattern: str) -> Size:
     axes = pattern.split()
     for _, call in place.above:
-        if call is not None and call.x is not None and len(call.x) == 4 and call.x[0] == 1:
+        if call is None or call.x is None or call.x[0] != 1:
+            continue
+        if len(call.x) == 4:
             return call.x[axes.index("h")], call.x[axes.index("w")]
+        for value in call.arguments.values():  # its size comes beside a sequence
+            sides = pair(value)
+            if len(call.x) == 3 and sides and sides[0] * sides[1] == call.x[1]:
+                return sides
     raise Unknown("no module around it gets a map")
 
 

@@ -133,7 +133,8 @@ class MixerStatistics:
         self.mean_in.append(x_BCHW.mean((2, 3)).cpu())
         self.mean_out.append(out_BCHW.mean((2, 3)).cpu())
         if self.attention is not None:
-            own = self.attention.to(x.device)(prefix_BPC, self.mean_in[-1], x)
+            tokens_BNC = self.site.layout.batch_first(x)
+            own = self.attention.to(x.device)(prefix_BPC, self.mean_in[-1], tokens_BNC)
             scale = prefix_out_BPC.abs().max().clamp_min(1.0)
             self.attention_error = max(self.attention_error, float((own - prefix_out_BPC).abs().max() / scale))
         if self.gram_II is not None and self.cross_IO is not None:

@@ -143,9 +143,11 @@ def _check(model: nn.Module, edit: Edit, path: str) -> None:
 def _check_start(model: nn.Module, path: str, edit: Replace, start: SharedStart) -> None:
     shapes = []
     for rows in (start.v, start.out):
-        linear = submodule(model, f"{path}.{rows.path}".lstrip("."))
-        if not isinstance(linear, nn.Linear):
-            raise InvalidPlan(f"{edit.path}.{rows.path}", f"a {type(linear).__name__}", "a Linear layer", _HINT)
+        parent, _, name = f"{path}.{rows.path}".rpartition(".")
+        if submodule(model, parent)._parameters.get(name) is None:
+            linear = submodule(model, f"{path}.{rows.path}".lstrip("."))
+            if not isinstance(linear, nn.Linear):
+                raise InvalidPlan(f"{edit.path}.{rows.path}", f"a {type(linear).__name__}", "a Linear layer", _HINT)
         shapes.append(tuple(rows.read(submodule(model, path))[0].shape))
     spec = edit.spec
     if isinstance(spec, Conv) and spec.norm and spec.kernel in (1, 3):

@@ -20,6 +20,7 @@ from ..kernels import Offsets, Values, centre
 from ..layouts import Layout
 from ..sites import AttentionSite, Projections
 from .gates import Gate
+from .supernode import Standin
 
 Branch = Literal["skip", "conv1x1", "conv3x3", "attention"]
 NAMES: tuple[Branch, ...] = ("skip", "conv1x1", "conv3x3", "attention")
@@ -27,7 +28,7 @@ NAMES: tuple[Branch, ...] = ("skip", "conv1x1", "conv3x3", "attention")
 OPEN = {"skip": (0, 0, 0), "conv1x1": (1, 0, 0), "conv3x3": (1, 1, 0), "attention": (1, 1, 1)}
 
 
-class SharedSupernode(nn.Module):
+class SharedSupernode(Standin):
     """Stands where its host stood; the host is wrapped, never copied, and its W_v and W_o serve all branches.
 
     Args:
@@ -125,10 +126,6 @@ class SharedSupernode(nn.Module):
         state = self._values().conv(mixture, self.offsets).state()
         state |= {f"norm.{name}": value for name, value in norm.state_dict().items()}
         return {name: value.detach().clone() for name, value in state.items()}
-
-    def set_window_size(self, window_size: Any) -> None:
-        """Passed on to the host (timm's Swin blocks announce a new window size)."""
-        self.host.set_window_size(window_size)  # type: ignore[operator]
 
 
 class GatedLinear(nn.Module):

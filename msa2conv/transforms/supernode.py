@@ -11,7 +11,22 @@ from ..errors import InvalidArgument
 HOST = "host"
 
 
-class Supernode(nn.Module):
+class Standin(nn.Module):
+    """Wraps a host; whatever the model asks of it beside calling it is the host's own (timm's `set_window_size`,
+    PyTorch's `batch_first`)."""
+
+    host: nn.Module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "host" or name.startswith("__"):
+                raise
+            return getattr(self.host, name)
+
+
+class Supernode(Standin):
     """Stands where its host stood; the host is wrapped, never copied.
 
     Args:
@@ -55,7 +70,3 @@ class Supernode(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         module = self.host if self._gate == HOST else self.branches[self._gate]
         return module(*args, **kwargs)
-
-    def set_window_size(self, window_size: Any) -> None:
-        """Passed on to the host (timm's Swin blocks announce a new window size)."""
-        self.host.set_window_size(window_size)  # type: ignore[operator]

@@ -11,7 +11,7 @@ from typing import Any
 from ...layouts import APART, Layout
 from ...sites import Projections
 from ..declared import Attention, qkv, separate
-from ..geometry import Place, Unknown, checked, grid_of, pair, tokens, windows
+from ..geometry import Place, Unknown, checked, grid_of, pair, tokens, unrolled, windows
 
 WINDOWED = "(b nh nw) (h w) c"
 
@@ -56,19 +56,7 @@ def hiera(place: Place) -> Layout:
     size, schedule = place.attribute("unroll.size"), place.attribute("unroll.schedule")
     if size is None or schedule is None or len(size) != 2:
         raise Unknown("its order of tokens is not known")
-    grid, left = (int(size[0]), int(size[1])), [(int(rows), int(columns)) for rows, columns in schedule]
-    while grid[0] * grid[1] > place.x[1] and left:
-        grid = (grid[0] // left[0][0], grid[1] // left.pop(0)[1])
-    levels = range(1, len(left) + 1)
-    inside = " ".join(f"h{level} w{level}" for level in levels)
-    fine_h, fine_w = (" ".join(f"{side}{level}" for level in reversed(levels)) for side in "hw")
-    layout = Layout(
-        pattern=f"b ({inside} h w) c",
-        grid=grid,
-        map=f"b c (nh h {fine_h}) (nw w {fine_w})",
-        strides=tuple(left),
-    )
-    return checked(place, layout)
+    return unrolled(place, size, schedule)
 
 
 def _gcvit(module: Any) -> Projections | None:

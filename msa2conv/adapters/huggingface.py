@@ -1,0 +1,127 @@
+"""Image encoders of Hugging Face transformers, declared by class; transformers itself is never imported.
+
+Their attentions return (output, weights); where heads and projections are called alike, one line serves many.
+"""
+
+from __future__ import annotations
+
+from ..layouts import Layout
+from .declared import FFN, Attention, Declarations, qkv, separate
+from .geometry import Place, Unknown, prefix_of, tokens, unrolled, windows
+
+
+def _prefix(place: Place) -> int:
+    """Class and register tokens (DINOv2, DINOv3); else whatever leaves a grid."""
+    registers = place.attribute("config.num_register_tokens")
+    return 1 + registers if isinstance(registers, int) and registers else prefix_of(place, place.x[1])
+
+
+def _hiera(place: Place) -> Layout:
+    schedule = place.attribute("schedule")
+    if not isinstance(schedule, dict):
+        raise Unknown("its order of tokens is not known")
+    strides, size = schedule[0]
+    return unrolled(place, size, strides)
+
+
+_MASK = ("attention_mask",)  # keeps the windows of a rolled map apart
+_SEQUENCE = tokens(_prefix)
+_Q_K_V_O = separate("v_proj", "o_proj", "num_attention_heads", q="q_proj", k="k_proj", scale="scaling")
+_PLAIN = Attention(_SEQUENCE, "num_attention_heads", _Q_K_V_O, returns="tuple")
+_CLIP = Attention(
+    _SEQUENCE,
+    projections=separate("v_proj", "out_proj", q="q_proj", k="k_proj", scale="scale"),
+    returns="tuple",
+)
+_ROTARY = Attention(
+    _SEQUENCE, projections=separate("v_proj", "o_proj"), ignored=("position_embeddings",), returns="tuple"
+)
+_WINDOWS = windows(shift="shift_size")
+_SIZE = ("height", "width")
+
+
+def _of(family: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"transformers.models.{family}.modeling_{family}.{name}" for name in names)
+
+
+_ATTENTIONS = {
+    _PLAIN: (
+        *_of("vit", "ViTAttention"),
+        *_of("deit", "DeiTAttention"),
+        *_of("dinov2", "Dinov2Attention"),
+        *_of("dinov2_with_registers", "Dinov2WithRegistersAttention"),
+    ),
+    _CLIP: (*_of("clip", "CLIPAttention"), *_of("siglip", "SiglipAttention")),
+    _ROTARY: _of("dinov3_vit", "DINOv3ViTAttention"),
+    Attention(_SEQUENCE, "num_attention_heads", separate("v_proj", "o_proj", "num_attention_heads"), returns="tuple"): (
+        _of("beit", "BeitAttention")
+    ),
+    Attention(
+        _WINDOWS,
+        "num_attention_heads",
+        separate("v_proj", "o_proj", "num_attention_heads"),
+        ignored=_MASK,
+        returns="tuple",
+    ): _of("swin", "SwinAttention"),
+    Attention(_WINDOWS, "self.num_attention_heads", ignored=_MASK, returns="tuple"): _of("swinv2", "Swinv2Attention"),
+    Attention(
+        tokens(prefix=0),
+        "num_attention_heads",
+        separate("v_proj", "o_proj", "num_attention_heads"),
+        ignored=_SIZE,
+        returns="tuple",
+    ): _of("segformer", "SegformerAttention"),
+    Attention(tokens(), "self.num_attention_heads", ignored=_SIZE, returns="tuple"): _of("pvt", "PvtAttention"),
+    Attention(tokens(prefix=0), "num_attention_heads", ignored=_SIZE, returns="tuple"): _of(
+        "pvt_v2", "PvtV2SelfAttention"
+    ),
+    Attention(tokens(prefix=0), "num_attention_heads"): _of("levit", "LevitAttention"),
+    Attention(windows("(b nh nw) h w c"), "num_attention_heads", qkv(heads="num_attention_heads"), returns="tuple"): (
+        _of("sam", "SamVisionAttention", "SamVisionSdpaAttention")
+    ),
+    Attention(_hiera, returns="tuple"): _of("hiera", "HieraMaskUnitAttention"),
+}
+
+_FFNS = {
+    FFN("fc2"): (
+        *_of("vit", "ViTMLP"),
+        *_of("deit", "DeiTMLP"),
+        *_of("beit", "BeitMLP"),
+        *_of("dinov2", "Dinov2MLP"),
+        *_of("dinov2_with_registers", "Dinov2WithRegistersMLP"),
+        *_of("clip", "CLIPMLP"),
+        *_of("siglip", "SiglipMLP"),
+        *_of("swin", "SwinMLP"),
+        *_of("segformer", "SegformerMixMLP"),
+        *_of("hiera", "HieraMlp"),
+    ),
+    FFN("down_proj"): (
+        *_of("dinov2", "Dinov2SwiGLUFFN"),
+        *_of("dinov2_with_registers", "Dinov2WithRegistersSwiGLUFFN"),
+        *_of("dinov3_vit", "DINOv3ViTMLP", "DINOv3ViTGatedMLP"),
+    ),
+    FFN("dense2"): (*_of("pvt", "PvtFFN"), *_of("pvt_v2", "PvtV2ConvFeedForwardNetwork")),
+    FFN("linear_down.linear"): _of("levit", "LevitMLPLayer"),
+    FFN("lin2"): _of("sam", "SamMLPBlock"),
+    FFN("output.dense"): (*_of("swinv2", "Swinv2Layer"), *_of("mobilevit", "MobileViTTransformerLayer")),
+}
+
+_LEFT = {
+    "its tokens are a shuffled part of the patches: load the weights into a ViTModel, whose attentions are these": (
+        _of("vit_mae", "ViTMAEAttention")
+    ),
+    "it changes the size of the map": _of("levit", "LevitAttentionSubsample"),
+    "a pooling head: it does not mix a map": _of("siglip", "SiglipMultiheadAttentionPoolingHead"),
+    "attention without a softmax over positions, linear in their number already": (
+        _of("mobilevitv2", "MobileViTV2LinearSelfAttention")
+    ),
+}
+
+TRANSFORMERS = Declarations(
+    "transformers",
+    {name: kind for kind, names in _ATTENTIONS.items() for name in names},
+    {name: kind for kind, names in _FFNS.items() for name in names},
+    {name: reason for reason, names in _LEFT.items() for name in names},
+)
+
+__all__ = ["TRANSFORMERS"]
