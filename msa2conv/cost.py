@@ -73,7 +73,7 @@ def flops_by_module(model: nn.Module, inputs: Tensor) -> Counter[str]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # fvcore's import touches a deprecated part of torch
         from fvcore.nn import FlopCountAnalysis
-        from fvcore.nn.jit_handles import norm_flop_counter
+        from fvcore.nn.jit_handles import elementwise_flop_counter, norm_flop_counter
 
     model = _Counted(copy.deepcopy(model).eval())
     logging.getLogger("fvcore").setLevel(logging.ERROR)
@@ -88,6 +88,8 @@ def flops_by_module(model: nn.Module, inputs: Tensor) -> Counter[str]:
     analysis.set_op_handle("aten::baddbmm", lambda i, o: _matmul_flops(i[1:], o))
     analysis.set_op_handle("aten::einsum", _einsum_flops)
     analysis.set_op_handle("aten::rms_norm", norm_flop_counter(2))
+    analysis.set_op_handle("aten::adaptive_avg_pool1d", elementwise_flop_counter(1, 0))  # as fvcore's 2d
+    analysis.set_op_handle("aten::_convolution_mode", _convolution_flops)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"
@@ -152,6 +154,12 @@ def _shape(value: Any) -> list[int]:
 def _attention_flops(inputs: Values, outputs: Values) -> int:
     q, k, v = (_shape(value) for value in inputs[:3])
     return prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
+
+
+def _convolution_flops(inputs: Values, outputs: Values) -> int:
+    """With padding="same" or "valid"."""
+    out = _shape(outputs[0])
+    return out[0] * prod(out[2:]) * prod(_shape(inputs[1]))
 
 
 def _matmul_flops(inputs: Values, outputs: Values) -> int:

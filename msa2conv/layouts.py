@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from functools import cached_property
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,7 @@ class Layout(BaseModel):
             `(h w) b c`.
         window: (h, w) of a window; None means the whole grid.
         shift: cyclic shift (rows, columns) that the backbone applied before cutting windows.
+        rolled: what it shifted: the map, or the padded map (Hugging Face's Swin).
         map: `b c (nh h) (nw w)`, windows side by side; `b c (h nh) (w nw)`, the positions of a window lie nh and nw
             apart (MaxViT's grid attention, MobileViT's patches); `b c (nh h h2 h1) (nw w w2 w1)`, Hiera's unrolled
             tokens.
@@ -73,6 +75,7 @@ class Layout(BaseModel):
     prefix: int = Field(default=0, ge=0, le=1024)
     window: tuple[int, int] | None = None
     shift: tuple[int, int] = (0, 0)
+    rolled: Literal["map", "padded"] = "map"
     map: str = Field(default=SIDE_BY_SIDE, max_length=64)
     strides: tuple[Size, ...] = Field(default=(), max_length=4)
 
@@ -198,18 +201,23 @@ class Layout(BaseModel):
         flat = [axis for group in self._groups for axis in group]
         order = [flat.index(axis) for axis in self._order if axis in flat]
         map_BCHW = tokens.reshape(shape).permute(order).reshape(-1, channels, *self._padded)
+        if any(self.shift) and self.rolled == "padded":
+            map_BCHW = torch.roll(map_BCHW, self.shift, (2, 3))
         map_BCHW = map_BCHW[:, :, : self.grid[0], : self.grid[1]]
-        if any(self.shift):
+        if any(self.shift) and self.rolled == "map":
             map_BCHW = torch.roll(map_BCHW, self.shift, (2, 3))
         return prefix_BPC, map_BCHW
 
     def from_map(self, prefix_BPC: Tensor, map_BCHW: Tensor) -> Tensor:
         """(prefix_BPC, map_BCHW) -> tokens; the inverse of `to_map`, with zeros at padded positions."""
-        if any(self.shift):
-            map_BCHW = torch.roll(map_BCHW, (-self.shift[0], -self.shift[1]), (2, 3))
+        back = (-self.shift[0], -self.shift[1])
+        if any(back) and self.rolled == "map":
+            map_BCHW = torch.roll(map_BCHW, back, (2, 3))
         pad_h, pad_w = self._padded[0] - self.grid[0], self._padded[1] - self.grid[1]
         if pad_h or pad_w:
             map_BCHW = F.pad(map_BCHW, (0, pad_w, 0, pad_h))
+        if any(back) and self.rolled == "padded":
+            map_BCHW = torch.roll(map_BCHW, back, (2, 3))
         batch, channels = map_BCHW.shape[:2]
         sizes = {**self._sizes(channels), "b": batch}
         flat = [axis for group in self._groups for axis in group]

@@ -247,7 +247,7 @@ def observe(model: nn.Module, inputs: Tensor) -> Observation:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
             call = _call(module, args, kwargs, out)
             observation.calls.setdefault(path, []).append(call)
-            y = _first_tensor(out)
+            y = tensor_in(out)
             if y is not None and not _is_finite(y):
                 broken.append(path)
 
@@ -295,7 +295,7 @@ def check_finite_weights(model: nn.Module) -> None:
 def _call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> Call:
     named = _named(module, args, kwargs)
     x = next((name for name, value in named.items() if isinstance(value, Tensor)), None)
-    y = _first_tensor(out)
+    y = tensor_in(out)
     return Call(
         None if x is None else tuple(named[x].shape),
         None if y is None else tuple(y.shape),
@@ -332,7 +332,8 @@ def _plain(value: Any) -> Any:
     return Given(type(value).__name__)
 
 
-def _first_tensor(out: Any) -> Tensor | None:
+def tensor_in(out: Any) -> Tensor | None:
+    """The tensor that a module returned, or the first of several."""
     values = out if isinstance(out, (tuple, list)) else (out,)
     return next((value for value in values if isinstance(value, Tensor)), None)
 

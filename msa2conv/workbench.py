@@ -50,7 +50,7 @@ def working_copy(model: nn.Module) -> nn.Module:
             module.activation_relu_or_gelu = 0  # off the fast path, which calls none of its submodules
     for parameter in work.parameters():
         parameter.grad = None
-    work = work.float().eval().requires_grad_(False)
+    work = work.float().train().eval().requires_grad_(False)  # LeViT drops what it remembers in train mode only
     if hasattr(work, "set_grad_checkpointing"):
         work.set_grad_checkpointing(False)  # type: ignore[operator]
     return work

@@ -1,8 +1,9 @@
-"""One tiny backbone for every way in which timm lays tokens out: narrow, shallow, on small images."""
+"""One tiny backbone for every way in which timm, torchvision and transformers lay tokens out, on small images."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import timm
 import torch
 from timm.models.mvitv2 import MultiScaleVitCfg
 from torch import Tensor, nn
+from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 
 
 class Tiny(NamedTuple):
@@ -216,11 +218,122 @@ TINY = {
 }
 
 
+_HF = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 32}
+_PATCHES = {**_HF, "patch_size": 8}
+_HF_SWIN = {"image_size": 48, "embed_dim": 24, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4}
+_STAGES = {"image_size": 64, "depths": [1, 1, 1, 1]}
+TRANSFORMERS = {
+    "hf_vit": Tiny("transformers:ViT", _PATCHES, (32, 32), 2, 2, "b (h w) c @ 4x4+1"),
+    "hf_deit": Tiny("transformers:DeiT", _PATCHES, (32, 32), 2, 2, "b (h w) c @ 4x4+2"),
+    "hf_beit": Tiny("transformers:Beit", _PATCHES, (32, 32), 2, 2, "b (h w) c @ 4x4+1"),
+    "hf_dinov2": Tiny("transformers:Dinov2", _PATCHES, (32, 32), 2, 2, "b (h w) c @ 4x4+1"),
+    "hf_dinov2_registers": Tiny("transformers:Dinov2WithRegisters", _PATCHES, (32, 32), 2, 2, "b (h w) c @ 4x4+5"),
+    "hf_dinov3": Tiny(
+        "transformers:DINOv3ViT", {**_PATCHES, "num_register_tokens": 3}, (40, 32), 2, 2, "b (h w) c @ 5x4+4"
+    ),
+    "hf_clip": Tiny("transformers:CLIPVision", _PATCHES, (32, 32), 2, 2, "b (h w) c @ 4x4+1"),
+    "hf_siglip": Tiny("transformers:SiglipVision", _PATCHES, (32, 32), 2, 3, "b (h w) c @ 4x4+0"),
+    "hf_swin": Tiny("transformers:Swin", _HF_SWIN, (48, 48), 4, 4, "(b nh nw) (h w) c @ 12x12+0"),
+    "hf_swinv2": Tiny("transformers:Swinv2", _HF_SWIN, (48, 48), 4, 4, "(b nh nw) (h w) c @ 12x12+0"),
+    "hf_segformer": Tiny(
+        "transformers:Segformer",
+        {**_STAGES, "hidden_sizes": [8, 16, 24, 32], "num_attention_heads": [1, 1, 2, 2]},
+        (64, 96),
+        4,
+        4,
+        "b (h w) c @ 16x24+0",
+    ),
+    "hf_pvt": Tiny(
+        "transformers:Pvt", {**_STAGES, "hidden_sizes": [8, 16, 40, 64]}, (64, 64), 4, 4, "b (h w) c @ 16x16+0"
+    ),
+    "hf_pvt_v2": Tiny(
+        "transformers:PvtV2",
+        {**_STAGES, "hidden_sizes": [8, 16, 32, 64], "num_attention_heads": [1, 1, 2, 2]},
+        (64, 96),
+        4,
+        4,
+        "b (h w) c @ 16x24+0",
+    ),
+    "hf_mobilevit": Tiny(
+        "transformers:MobileViT",
+        {"image_size": 64, "hidden_sizes": [24, 32, 40], "neck_hidden_sizes": [8, 8, 16, 24, 32, 40, 64]},
+        (64, 64),
+        9,
+        9,
+        "(b nh nw) (h w) c @ 8x8+0",
+    ),
+    "hf_levit": Tiny(
+        "transformers:Levit",
+        {"image_size": 64, "hidden_sizes": [32, 48, 64], "num_attention_heads": [2, 3, 4], "depths": [2, 2, 2]}
+        | {"key_dim": [8, 8, 8]},
+        (64, 64),
+        6,
+        8,
+        "b (h w) c @ 4x4+0",
+    ),
+    "hf_sam": Tiny(
+        "transformers:SamVision",
+        {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64, "patch_size": 8}
+        | {"output_channels": 16, "global_attn_indexes": [1], "window_size": 3, "mlp_dim": 64},
+        (64, 64),
+        2,
+        2,
+        "(b nh nw) h w c @ 8x8+0",
+    ),
+    "hf_hiera": Tiny(
+        "transformers:Hiera",
+        {"image_size": [64, 64], "embed_dim": 16, "depths": [1, 2, 2], "num_heads": [1, 2, 4], "num_query_pool": 2},
+        (64, 64),
+        3,
+        5,
+        "b (h1 w1 h2 w2 h w) c @ 16x16+0",
+    ),
+}
+_TV_SWIN = {"patch_size": [4, 4], "embed_dim": 24, "depths": [2, 2], "num_heads": [2, 2], "window_size": [4, 4], **_S}
+TORCHVISION = {
+    "tv_vit": Tiny(
+        "torchvision:vision_transformer.VisionTransformer",
+        {**_S, "image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 2, "hidden_dim": 32, "mlp_dim": 64},
+        (32, 32),
+        2,
+        2,
+        "b (h w) c @ 4x4+1",
+    ),
+    "tv_swin": Tiny("torchvision:swin_transformer.SwinTransformer", _TV_SWIN, (48, 56), 4, 4, "b h w c @ 12x14+0"),
+    "tv_swin_v2": Tiny(
+        "torchvision:swin_transformer.SwinTransformer",
+        {**_TV_SWIN, "block": SwinTransformerBlockV2, "downsample_layer": PatchMergingV2},
+        (48, 56),
+        4,
+        4,
+        "b h w c @ 12x14+0",
+    ),
+    "tv_maxvit": Tiny(
+        "torchvision:maxvit.MaxVit",
+        {"input_size": (64, 64), "stem_channels": 16, "partition_size": 4, "block_channels": [16, 32]}
+        | {"block_layers": [1, 1], "head_dim": 8, "stochastic_depth_prob": 0.0, **_S},
+        (64, 64),
+        4,
+        4,
+        "b (nh nw) (h w) c @ 16x16+0",
+    ),
+}
+TINY |= TORCHVISION
+if importlib.util.find_spec("transformers"):
+    TINY |= TRANSFORMERS
+
+
 def _create(tiny: Tiny) -> nn.Module:
-    module, _, name = tiny.name.rpartition(".")
+    library, _, rest = tiny.name.rpartition(":")
+    module, _, name = rest.rpartition(".")
+    if library == "transformers":
+        import transformers
+
+        config = getattr(transformers, f"{name}Config")(**tiny.kwargs)
+        return getattr(transformers, f"{name}Model")(config)
     if not module:
         return timm.create_model(name, **tiny.kwargs)
-    return getattr(importlib.import_module(f"timm.models.{module}"), name)(**tiny.kwargs)
+    return getattr(importlib.import_module(f"{library or 'timm'}.models.{module}"), name)(**tiny.kwargs)
 
 
 def untrained(family: str) -> nn.Module:

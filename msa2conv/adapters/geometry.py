@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -115,6 +115,7 @@ def windows(
     shift: str | None = None,
     around: str = "b h w c",
     dilated: str | None = None,
+    rolled: Literal["map", "padded"] = "map",
 ) -> Geometry:
     """Windows of a map, padded with zeros at the bottom and right to whole ones.
 
@@ -122,10 +123,11 @@ def windows(
         pattern: how the windows arrive.
         size, shift: attributes that hold the window's sides and the roll before cutting.
         around: how the map arrives at the innermost module around that gets one.
+        rolled: what is rolled.
         dilated: attribute that is False where windows are dilated (MaxViT's `partition_block`).
     """
 
-    def layout(place: Place) -> Layout:
+    def found(place: Place) -> Layout:
         plain = pattern.replace("(b nh nw)", "b")
         if place.attribute(size) is None:  # no windows: it gets the map itself
             grid = place.x[plain.split().index("h")], place.x[plain.split().index("w")]
@@ -137,9 +139,10 @@ def windows(
         offset = (pair(place.attribute(shift)) if shift else None) or (0, 0)
         apart = dilated is not None and place.attribute(dilated) is False
         arrangement = APART if apart else SIDE_BY_SIDE
-        return checked(place, Layout(pattern=pattern, grid=grid, window=window, shift=offset, map=arrangement))
+        layout = Layout(pattern=pattern, grid=grid, window=window, shift=offset, rolled=rolled, map=arrangement)
+        return checked(place, layout)
 
-    return layout
+    return found
 
 
 def unrolled(place: Place, size: Sequence[int], schedule: Sequence[Sequence[int]]) -> Layout:

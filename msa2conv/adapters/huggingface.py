@@ -5,9 +5,9 @@ Their attentions return (output, weights); where heads and projections are calle
 
 from __future__ import annotations
 
-from ..layouts import Layout
+from ..layouts import APART, Layout
 from .declared import FFN, Attention, Declarations, qkv, separate
-from .geometry import Place, Unknown, prefix_of, tokens, unrolled, windows
+from .geometry import Place, Unknown, checked, grid_of, pair, prefix_of, tokens, unrolled, windows
 
 
 def _prefix(place: Place) -> int:
@@ -24,6 +24,16 @@ def _hiera(place: Place) -> Layout:
     return unrolled(place, size, strides)
 
 
+def _mobilevit(place: Place) -> Layout:
+    """Pixels at the same place in every patch attend to each other: windows whose positions lie a patch apart."""
+    patch = pair((place.attribute("patch_height"), place.attribute("patch_width")))
+    if patch is None or len(place.x) != 3:
+        raise Unknown("its patches are not known")
+    rows, columns = grid_of(place, place.x[1])
+    grid = (rows * patch[0], columns * patch[1])
+    return checked(place, Layout(pattern="(b nh nw) (h w) c", grid=grid, window=(rows, columns), map=APART))
+
+
 _MASK = ("attention_mask",)  # keeps the windows of a rolled map apart
 _SEQUENCE = tokens(_prefix)
 _Q_K_V_O = separate("v_proj", "o_proj", "num_attention_heads", q="q_proj", k="k_proj", scale="scaling")
@@ -36,7 +46,7 @@ _CLIP = Attention(
 _ROTARY = Attention(
     _SEQUENCE, projections=separate("v_proj", "o_proj"), ignored=("position_embeddings",), returns="tuple"
 )
-_WINDOWS = windows(shift="shift_size")
+_WINDOWS = windows(shift="shift_size", rolled="padded")
 _SIZE = ("height", "width")
 
 
@@ -79,6 +89,7 @@ _ATTENTIONS = {
     Attention(windows("(b nh nw) h w c"), "num_attention_heads", qkv(heads="num_attention_heads"), returns="tuple"): (
         _of("sam", "SamVisionAttention", "SamVisionSdpaAttention")
     ),
+    Attention(_mobilevit, "attention.num_attention_heads"): _of("mobilevit", "MobileViTAttention"),
     Attention(_hiera, returns="tuple"): _of("hiera", "HieraMaskUnitAttention"),
 }
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..plan import Range
-from ..sites import Given, Unit, Units
+from ..sites import Given, Unit, Units, tensor_in
 from .apply import apply_edits
 
 
@@ -159,10 +159,11 @@ def _is_exact(ffn: nn.Module, output: str, hidden: int, units: Units, x: Tensor,
     holder.ffn = copy.deepcopy(ffn)
     weight = ffn.get_submodule(output).weight
     weight[:, gone] = 0  # type: ignore[operator]
-    expected = ffn(x, **arguments)
+    expected = tensor_in(ffn(x, **arguments))
     try:
         apply_edits(holder, units.edits("ffn", (unit for unit in range(hidden) if unit not in gone)))
-        found = holder.ffn(x, **arguments)
+        found = tensor_in(holder.ffn(x, **arguments))
     except (RuntimeError, ValueError):
         return False
+    assert expected is not None and found is not None
     return bool(torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())))
