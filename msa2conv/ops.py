@@ -55,7 +55,10 @@ class IO(_Spec):
         """Every argument beside x by its name; by its position where `positional` does not name it."""
         names = (self.x, *self.positional)
         given = {names[i] if i < len(names) else f"positional argument {i}": args[i] for i in range(1, len(args))}
-        return given | {name: value for name, value in kwargs.items() if args or name != self.x}
+        for name, value in kwargs.items():  # torch 2.6 compiles no union of dicts
+            if args or name != self.x:
+                given[name] = value
+        return given
 
 
 class RidgePrefix(_Spec):
