@@ -54,7 +54,7 @@ def hidden_units(
         return f"the first of its {split} {list(widths)} is not the {hidden} inputs of its output layer {output}"
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     try:
-        hanging = _group(copy.deepcopy(ffn), output, x, arguments)
+        hanging = _group(ffn, layer, x, arguments)
     except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, IndexError, KeyError) as error:
         return f"torch-pruning cannot trace it ({type(error).__name__})"
     if isinstance(hanging, str):
@@ -89,13 +89,9 @@ def _random_copy(ffn: nn.Module) -> nn.Module:
     return ffn
 
 
-def _group(ffn: nn.Module, output: str, x: Tensor, arguments: Mapping[str, Any]) -> tuple[Unit, ...] | str:
+def _group(ffn: nn.Module, layer: nn.Module, x: Tensor, arguments: Mapping[str, Any]) -> tuple[Unit, ...] | str:
     import torch_pruning as tp
 
-    layer, order = ffn.get_submodule(output), {name: position for position, name in enumerate(ffn.state_dict())}
-    for module in ffn.modules():
-        if isinstance(module, nn.Linear) and module.bias is None:  # torch 2.6 traces those as a product of matrices
-            module.bias = nn.Parameter(torch.zeros(module.out_features))
     names: dict[Any, str] = {module: path for path, module in ffn.named_modules()}
     own = {parameter: name for name, parameter in ffn.named_parameters() if parameter.ndim == 1}
     with torch.enable_grad(), warnings.catch_warnings():
@@ -118,7 +114,8 @@ def _group(ffn: nn.Module, output: str, x: Tensor, arguments: Mapping[str, Any])
             return f"its {type(module).__name__} {names[module]} couples the hidden units"
         for parameter, dim in hanging:
             units += _at(f"{names[module]}.{parameter}", dim, indices)
-    return tuple(sorted({unit for unit in units if unit[0] in order}, key=lambda unit: (order[unit[0]], *unit[1:])))
+    order = {name: position for position, name in enumerate(ffn.state_dict())}
+    return tuple(sorted(set(units), key=lambda unit: (order[unit[0]], *unit[1:])))
 
 
 def _at(name: str, dim: int, indices: Iterable[int]) -> list[Unit]:
