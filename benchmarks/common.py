@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 
 from msa2conv.api import versions
 from msa2conv.data import transform
+from msa2conv.files import write_json
 from msa2conv.plan import Preprocessing
-from msa2conv.storage import write_json
 
 RESULTS = Path(__file__).parent / "results"
 HALF = Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.9)  # how the augreg ViTs of timm were trained

@@ -21,11 +21,11 @@ import numpy as np
 import timm
 
 from msa2conv import spvit
+from msa2conv.files import write_text
 from msa2conv.search.gates import GateCosts
 from msa2conv.sites import Claims
 from msa2conv.spvit.costs import decisions, fixed_terms
 from msa2conv.spvit.published import look
-from msa2conv.storage import write_text
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "published.md"

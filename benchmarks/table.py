@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from msa2conv.storage import write_text
+from msa2conv.files import write_text
 
 from .common import RESULTS
 

@@ -18,9 +18,10 @@ from .cost import count_flops
 from .data import image_folder
 from .errors import ArchitectureMismatch, InvalidCheckpoint, InvalidOutputPath, Msa2ConvError, WeightsUnavailable
 from .evaluate import Accuracy, evaluate, latency
+from .files import check_writable, read_state_dict
 from .plan import Preprocessing, fingerprint, parameter_count, weights_sha256
 from .search.resume import discard
-from .storage import check_writable, load, read_plan, read_state_dict
+from .storage import load, read_plan
 
 app = typer.Typer(
     no_args_is_help=True,

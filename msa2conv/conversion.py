@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from .data import EMBEDDED
+from .files import MODEL_FILE, write_json, write_text
+from .hub import is_transformers, write_config
 from .plan import Plan
 from .planning import Choice
 from .report.conversion import Report, model_card
 from .search.calibrate import Calibration
 from .search.measure import distance
-from .storage import MODEL_FILE, save, write_json, write_text
+from .storage import save
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Conversion:
 
         Args:
             path: a `.safetensors` file (tensors + Plan), or a folder, which gets `model.safetensors`, `plan.json`,
-                `report.json` and a model card `README.md`.
+                `report.json`, a model card `README.md`, and of a transformers model its `config.json`.
 
         Returns:
             The path of the .safetensors file.
@@ -59,6 +61,8 @@ class Conversion:
         write_text(target / "plan.json", self.plan.model_dump_json(indent=2) + "\n")
         write_json(target / "report.json", self.report.model_dump(mode="json"))
         write_text(target / "README.md", model_card(self.plan, self.report))
+        if is_transformers(self.model):
+            write_config(self.model, target)
         return written
 
     def __str__(self) -> str:

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from .conversion import Conversion
 from .errors import ArchitectureMismatch, InvalidArgument, InvalidCalibrationData, NonFiniteValue
+from .files import read_state, write_state
 from .gate_search import Search, prepare
 from .plan import weights_sha256
 from .progress import track
 from .search.gates import Gates
 from .search.measure import default_measure, first_tensor
-from .storage import read_state, write_state
 from .workbench import own_randomness, unwrap, working_copy
 
 Loss = Callable[[Tensor, Tensor], Tensor]

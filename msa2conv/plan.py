@@ -15,6 +15,7 @@ from .kernels import SharedStart
 from .ops import IO, MixerSpec, Path
 
 SCHEMA_VERSION: Literal[1] = 1
+PLAN_KEY = "msa2conv.plan"  # in the header of a .safetensors file
 Range = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]]
 SYMBOLS = {"skip": "-", "identity": "=", "constant": "c", "global": "g", "attention": "M"}
 
@@ -165,6 +166,11 @@ class Plan(_Data):
         except ValidationError as error:
             hint = "The file is damaged or was edited by hand: convert the original again."
             raise InvalidPlan(where, _first(error), "a well-formed Plan", hint) from error
+
+    @property
+    def header(self) -> dict[str, str]:
+        """What stands beside the tensors in a .safetensors file."""
+        return {"format": "pt", PLAN_KEY: self.model_dump_json()}
 
     def __str__(self) -> str:
         base = self.base

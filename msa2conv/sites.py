@@ -317,6 +317,11 @@ def argument_names(module: nn.Module) -> list[str]:
     ]
 
 
+def takes_any_keyword(module: nn.Module) -> bool:
+    """Whether `forward` ends in **kwargs."""
+    return any(each.kind is each.VAR_KEYWORD for each in inspect.signature(module.forward).parameters.values())
+
+
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Every argument by its name in the signature of `forward`; by its position where that has no names."""
     names = argument_names(module)

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 
 from msa2conv import api, errors
 from msa2conv.cli import app
+from msa2conv.files import read_tensors
 from msa2conv.plan import weights_sha256
 from msa2conv.search import calibrate
 from msa2conv.search.measure import distance
-from msa2conv.storage import read_tensors
 
 NAME = "vit_tiny_patch16_224"
 CONVERT = ["convert", NAME, "--flops"]

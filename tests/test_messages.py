@@ -37,7 +37,6 @@ from msa2conv import (
     errors,
     load,
     prepare,
-    storage,
     train_gates,
     verify,
 )
@@ -62,6 +61,8 @@ from msa2conv.errors import (
     UnsupportedArgument,
     UnsupportedSchema,
 )
+from msa2conv.files import read_state_dict, read_tensors, write_tensors
+from msa2conv.plan import PLAN_KEY
 from msa2conv.targets import parse_target
 
 Refused = Callable[..., AbstractContextManager[None]]
@@ -207,7 +208,7 @@ def classifier() -> nn.Module:
     return nn.Sequential(*layers).eval()
 
 
-ADAPTERS = "an attention that one of the adapters (timm) knows"
+ADAPTERS = "an attention that one of the adapters (timm, transformers, torchvision, torch) knows"
 WRITE_ADAPTER = "Write an adapter for it (CONTRIBUTING.md, 'Add a backbone') and pass adapters=[yours]."
 
 
@@ -732,10 +733,10 @@ def test_calibration_of_another_model(refused: Refused, other: str) -> None:
 def test_unusable_calibration_files(refused: Refused, tmp_path: Path) -> None:
     claims, hybrid = msa2conv.inspect(vit()).claims, converted().save(tmp_path / "hybrid.safetensors")
     path = converted().calibration.save(tmp_path / "calibration.safetensors")
-    tensors, metadata = storage.read_tensors(path)
+    tensors, metadata = read_tensors(path)
     about = json.loads(metadata["msa2conv.calibration"])
     old = tmp_path / "old.safetensors"
-    storage.write_tensors(old, tensors, {"msa2conv.calibration": json.dumps({**about, "version": "0"})})
+    write_tensors(old, tensors, {"msa2conv.calibration": json.dumps({**about, "version": "0"})})
     text = "no calibration inside; expected a file by Calibration.save. Calibrate again."
     with refused(InvalidCheckpoint, f"{hybrid}: found {text}"):
         Calibration.load(hybrid, claims)
@@ -758,7 +759,7 @@ def test_files_that_are_not_hybrids(refused: Refused, tmp_path: Path) -> None:
         path.write_bytes(content)
         with refused(InvalidCheckpoint, f"{path}: found a damaged or truncated file (…); {again}", model):
             load(path, model)
-    storage.write_tensors(path, model.state_dict(), {})
+    write_tensors(path, model.state_dict(), {})
     text = "a safetensors file without a Plan; expected a file written by Conversion.save. Convert first."
     for call in (lambda: load(path, model), lambda: msa2conv.read_plan(path)):
         with refused(InvalidCheckpoint, f"{path}: found {text}", model):
@@ -772,7 +773,7 @@ def test_missing_files(refused: Refused, tmp_path: Path) -> None:
     with refused(InvalidCheckpoint, f"{tmp_path}/model.safetensors: {text}", model):
         load(tmp_path, model)
     with refused(InvalidCheckpoint, f"{tmp_path}/none.pth: {text.replace('s file', 's or .pth file')}"):
-        storage.read_state_dict(tmp_path / "none.pth")
+        read_state_dict(tmp_path / "none.pth")
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -814,7 +815,7 @@ def test_weights_that_would_have_to_be_unpickled(refused: Refused, tmp_path: Pat
         torch.save(contents[kind](), path)
     text = f"{path}: found a file that cannot be read without unpickling (…); expected tensors only. "
     with refused(InvalidCheckpoint, text + f"Unpickling can run code and is refused: {SAVE_AGAIN}") as caught:
-        storage.read_state_dict(path)
+        read_state_dict(path)
     assert caught is None and not (tmp_path / "ran").exists()
 
 
@@ -824,7 +825,7 @@ def test_the_reason_does_not_advise_to_unpickle(tmp_path: Path) -> None:
     (tmp_path / "garbage.pth").write_bytes(b"\0\1")
     for name in ("args.pth", "garbage.pth"):
         with pytest.raises(InvalidCheckpoint) as caught:
-            storage.read_state_dict(tmp_path / name)
+            read_state_dict(tmp_path / name)
         assert "\x1b" not in str(caught.value)
         assert "weights_only" not in str(caught.value) and "can still be loaded" not in str(caught.value)
 
@@ -837,7 +838,7 @@ def test_weights_that_are_no_state_dict(refused: Refused, tmp_path: Path, conten
     with refused(
         InvalidCheckpoint, text + "under 'state_dict', 'model' or 'model_ema'. Save model.state_dict() alone."
     ):
-        storage.read_state_dict(path)
+        read_state_dict(path)
 
 
 # ---------------------------------------------------------------------------------------------------- hostile plans
@@ -845,11 +846,11 @@ def test_weights_that_are_no_state_dict(refused: Refused, tmp_path: Path, conten
 
 def rewritten(path: Path, change: Callable[[dict[str, Any]], Any], **tensors: Tensor | None) -> Path:
     """A saved hybrid with another plan and other tensors."""
-    kept, metadata = storage.read_tensors(converted().save(path))
-    plan = json.loads(metadata[storage.PLAN_KEY])
+    kept, metadata = read_tensors(converted().save(path))
+    plan = json.loads(metadata[PLAN_KEY])
     change(plan)
     new = {name: value for name, value in (kept | tensors).items() if value is not None}
-    storage.write_tensors(path, new, {storage.PLAN_KEY: json.dumps(plan)})
+    write_tensors(path, new, {PLAN_KEY: json.dumps(plan)})
     return path
 
 
@@ -1018,7 +1019,7 @@ def test_a_full_disk(refused: Refused, tmp_path: Path, monkeypatch: pytest.Monke
         path.write_bytes(b"half a file")
         raise error
 
-    monkeypatch.setattr(storage, "save_file", full)
+    monkeypatch.setattr("msa2conv.files.save_file", full)
     path, text = tmp_path / "hybrid.safetensors", "found a file that could not be written whole (…space left on device)"
     hint = "expected a disk with room for it. Free some space, or choose another output path."
     with refused(InvalidOutputPath, f"{path}: {text}; {hint}"):

@@ -17,7 +17,8 @@ from safetensors import safe_open
 from torch import nn
 
 import msa2conv
-from msa2conv import convert, load, read_plan, storage
+from msa2conv import convert, load, read_plan
+from msa2conv.files import read_state_dict, write_tensors, write_text
 
 BUILD: dict[str, Callable[[], nn.Module]] = {"vit": vit, "swin": swin}
 
@@ -110,7 +111,7 @@ def test_a_crash_leaves_the_old_file_whole(
     if existing:
         converted().save(tmp_path / name)
     before = {path: content for path, content in files(tmp_path).items() if content is not None}
-    monkeypatch.setattr(storage, "save_file", half)
+    monkeypatch.setattr("msa2conv.files.save_file", half)
     other = convert(vit(), 0.7, calibration=converted().calibration)
     with pytest.raises(Crash):
         other.save(tmp_path / name)
@@ -122,13 +123,13 @@ def test_content_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch:
     done: list[tuple[str, bytes]] = []
     monkeypatch.setattr(os, "fsync", lambda file: done.append(("fsync", os.pread(file, 99, 0))))
     monkeypatch.setattr(os, "replace", lambda old, new: done.append(("replace", Path(old).read_bytes())))
-    storage.write_text(tmp_path / "text", "all of it")
+    write_text(tmp_path / "text", "all of it")
     assert done == [("fsync", b"all of it"), ("replace", b"all of it")]
 
 
 def test_a_full_disk_leaves_no_part_of_a_text(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
-        storage.write_text(tmp_path / "report.json", "\ud800")
+        write_text(tmp_path / "report.json", "\ud800")
     assert files(tmp_path) == {}
 
 
@@ -153,10 +154,10 @@ def test_plain_weights_are_read_from_what_trainers_write(tmp_path: Path, key: st
     expected = vit().state_dict()
     state = {prefix + name: value for name, value in expected.items()}
     torch.save(state if key is None else {key: state, "epoch": 3}, tmp_path / "weights.pth")
-    found = storage.read_state_dict(tmp_path / "weights.pth")
+    found = read_state_dict(tmp_path / "weights.pth")
     assert found.keys() == expected.keys() and all(found[name].equal(expected[name]) for name in expected)
 
 
 def test_plain_weights_are_read_from_safetensors(tmp_path: Path) -> None:
-    storage.write_tensors(tmp_path / "weights.safetensors", vit().state_dict(), {})
-    vit().load_state_dict(storage.read_state_dict(tmp_path / "weights.safetensors"), strict=True)
+    write_tensors(tmp_path / "weights.safetensors", vit().state_dict(), {})
+    vit().load_state_dict(read_state_dict(tmp_path / "weights.safetensors"), strict=True)

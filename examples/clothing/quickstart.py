@@ -18,8 +18,8 @@ from rich.table import Table
 import msa2conv
 from msa2conv.data import image_folder
 from msa2conv.evaluate import Accuracy, evaluate, latency
+from msa2conv.files import read_state_dict
 from msa2conv.plan import Preprocessing, parameter_count
-from msa2conv.storage import read_state_dict
 
 HERE = Path(__file__).parent
 RELOAD = """

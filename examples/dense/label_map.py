@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import msa2conv
 from msa2conv.data import image_folder
+from msa2conv.files import read_state_dict
 from msa2conv.plan import Preprocessing
-from msa2conv.storage import read_state_dict
 
 CLOTHING = Path(__file__).parents[1] / "clothing"
 

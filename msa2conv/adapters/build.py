@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import InvalidArgument
 from ..plan import Builder, Preprocessing, fingerprint
+from .geometry import pair
 
 
 def build(builder: Builder) -> nn.Module:
@@ -72,10 +73,15 @@ def preprocessing(model: nn.Module) -> Preprocessing | None:
 
 def example_size(model: nn.Module) -> tuple[int, ...] | None:
     """(C, H, W) that the model was built for, where it says so."""
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    config = getattr(model, "pretrained_cfg", None) or {}
-    declared = config.get("input_size")
+    config = getattr(model, "config", None)  # of transformers
+    said = (
+        getattr(getattr(model, "patch_embed", None), "img_size", None),
+        getattr(model, "image_size", None),
+        getattr(config, "image_size", None),
+    )
+    size = next((sides for sides in map(pair, said) if sides is not None), None)
+    declared = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
     channels = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if size is not None:
-        return (int(channels or 3), int(size[0]), int(size[1]))
+        return (int(channels or 3), *size)
     return tuple(declared) if declared else None

@@ -24,6 +24,7 @@ from ..sites import (
     Site,
     Units,
     argument_names,
+    takes_any_keyword,
 )
 from ..transforms.groups import hidden_units
 from .geometry import Geometry, Place, Unknown, prefix_of
@@ -147,11 +148,12 @@ def _attention(place: Place, kind: Attention) -> AttentionSite:
 
 def _io(module: nn.Module, kind: Attention) -> IO:
     x, *names = argument_names(module)
+    open_ended = takes_any_keyword(module)
     rest = tuple(names)
     needless = (*kind.ignored, *kind.same)
     absent = tuple(name for name in rest if name not in needless)
     positional = rest if needless else ()
-    ignored = tuple(name for name in needless if name in rest)
+    ignored = tuple(name for name in needless if name in rest or open_ended)
     return IO(returns=kind.returns, x=x, positional=positional, ignored=ignored, absent=absent, echo=kind.echo)
 
 

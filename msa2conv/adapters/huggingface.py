@@ -6,8 +6,8 @@ Their attentions return (output, weights); where heads and projections are calle
 from __future__ import annotations
 
 from ..layouts import APART, Layout
-from .declared import FFN, Attention, Declarations, qkv, separate
-from .geometry import Place, Unknown, checked, grid_of, pair, prefix_of, tokens, unrolled, windows
+from .declared import FFN, Attention, Declarations, Where, qkv, separate
+from .geometry import Geometry, Place, Unknown, checked, grid_of, pair, prefix_of, tokens, unrolled, windows
 
 
 def _prefix(place: Place) -> int:
@@ -34,20 +34,19 @@ def _mobilevit(place: Place) -> Layout:
     return checked(place, Layout(pattern="(b nh nw) (h w) c", grid=grid, window=(rows, columns), map=APART))
 
 
-_MASK = ("attention_mask",)  # keeps the windows of a rolled map apart
-_SEQUENCE = tokens(_prefix)
-_Q_K_V_O = separate("v_proj", "o_proj", "num_attention_heads", q="q_proj", k="k_proj", scale="scaling")
-_PLAIN = Attention(_SEQUENCE, "num_attention_heads", _Q_K_V_O, returns="tuple")
-_CLIP = Attention(
-    _SEQUENCE,
-    projections=separate("v_proj", "out_proj", q="q_proj", k="k_proj", scale="scale"),
-    returns="tuple",
-)
-_ROTARY = Attention(
-    _SEQUENCE, projections=separate("v_proj", "o_proj"), ignored=("position_embeddings",), returns="tuple"
-)
+_SEQUENCE, _ALL = tokens(_prefix), tokens(prefix=0)
 _WINDOWS = windows(shift="shift_size", rolled="padded")
+_COUNT = "num_attention_heads"
+_MASK = "attention_mask"  # keeps the windows of a rolled map apart
 _SIZE = ("height", "width")
+_V_O = separate("v_proj", "o_proj", _COUNT)
+
+
+def _attention(
+    layout: Geometry, heads: str | None = _COUNT, projections: Where | None = None, *ignored: str
+) -> Attention:
+    """One that returns (output, weights), and is told what others are to return."""
+    return Attention(layout, heads, projections, ("output_hidden_states", "return_dict", *ignored), returns="tuple")
 
 
 def _of(family: str, *names: str) -> tuple[str, ...]:
@@ -55,42 +54,31 @@ def _of(family: str, *names: str) -> tuple[str, ...]:
 
 
 _ATTENTIONS = {
-    _PLAIN: (
+    _attention(_SEQUENCE, _COUNT, separate("v_proj", "o_proj", _COUNT, q="q_proj", k="k_proj", scale="scaling")): (
         *_of("vit", "ViTAttention"),
         *_of("deit", "DeiTAttention"),
         *_of("dinov2", "Dinov2Attention"),
         *_of("dinov2_with_registers", "Dinov2WithRegistersAttention"),
     ),
-    _CLIP: (*_of("clip", "CLIPAttention"), *_of("siglip", "SiglipAttention")),
-    _ROTARY: _of("dinov3_vit", "DINOv3ViTAttention"),
-    Attention(_SEQUENCE, "num_attention_heads", separate("v_proj", "o_proj", "num_attention_heads"), returns="tuple"): (
-        _of("beit", "BeitAttention")
+    _attention(_SEQUENCE, "num_heads", separate("v_proj", "out_proj", q="q_proj", k="k_proj", scale="scale")): (
+        *_of("clip", "CLIPAttention"),
+        *_of("siglip", "SiglipAttention"),
     ),
-    Attention(
-        _WINDOWS,
-        "num_attention_heads",
-        separate("v_proj", "o_proj", "num_attention_heads"),
-        ignored=_MASK,
-        returns="tuple",
-    ): _of("swin", "SwinAttention"),
-    Attention(_WINDOWS, "self.num_attention_heads", ignored=_MASK, returns="tuple"): _of("swinv2", "Swinv2Attention"),
-    Attention(
-        tokens(prefix=0),
-        "num_attention_heads",
-        separate("v_proj", "o_proj", "num_attention_heads"),
-        ignored=_SIZE,
-        returns="tuple",
-    ): _of("segformer", "SegformerAttention"),
-    Attention(tokens(), "self.num_attention_heads", ignored=_SIZE, returns="tuple"): _of("pvt", "PvtAttention"),
-    Attention(tokens(prefix=0), "num_attention_heads", ignored=_SIZE, returns="tuple"): _of(
-        "pvt_v2", "PvtV2SelfAttention"
+    _attention(_SEQUENCE, "num_heads", separate("v_proj", "o_proj"), "position_embeddings"): (
+        _of("dinov3_vit", "DINOv3ViTAttention")
     ),
-    Attention(tokens(prefix=0), "num_attention_heads"): _of("levit", "LevitAttention"),
-    Attention(windows("(b nh nw) h w c"), "num_attention_heads", qkv(heads="num_attention_heads"), returns="tuple"): (
+    _attention(_SEQUENCE, _COUNT, _V_O): _of("beit", "BeitAttention"),
+    _attention(_WINDOWS, _COUNT, _V_O, _MASK): _of("swin", "SwinAttention"),
+    _attention(_WINDOWS, f"self.{_COUNT}", None, _MASK): _of("swinv2", "Swinv2Attention"),
+    _attention(_ALL, _COUNT, _V_O, *_SIZE): _of("segformer", "SegformerAttention"),
+    _attention(tokens(), f"self.{_COUNT}", None, *_SIZE): _of("pvt", "PvtAttention"),
+    _attention(_ALL, _COUNT, None, *_SIZE): _of("pvt_v2", "PvtV2SelfAttention"),
+    _attention(windows("(b nh nw) h w c"), _COUNT, qkv(heads=_COUNT)): (
         _of("sam", "SamVisionAttention", "SamVisionSdpaAttention")
     ),
-    Attention(_mobilevit, "attention.num_attention_heads"): _of("mobilevit", "MobileViTAttention"),
-    Attention(_hiera, returns="tuple"): _of("hiera", "HieraMaskUnitAttention"),
+    _attention(_hiera, "num_heads"): _of("hiera", "HieraMaskUnitAttention"),
+    Attention(_ALL, _COUNT): _of("levit", "LevitAttention"),
+    Attention(_mobilevit, f"attention.{_COUNT}"): _of("mobilevit", "MobileViTAttention"),
 }
 
 _FFNS = {

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from ..cost import CostModel
 from ..errors import ArchitectureMismatch, InvalidCheckpoint, NonFiniteValue, UnsupportedSchema
+from ..files import read_tensors, write_tensors
 from ..levers import Lever, Record, read_record
 from ..options import Option
 from ..plan import fingerprint, weights_sha256
 from ..progress import track
 from ..sites import AttentionSite, Claims, FFNSite, Site
-from ..storage import read_tensors, write_tensors
 from ..transforms.lift import Supernet, lift
 from .measure import Measure, OutputFn, default_measure, distance
 from .replay import Replay

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from .. import __version__
 from ..cost import CostModel
 from ..errors import InvalidArgument, InvalidCheckpoint
+from ..files import read_tensors, write_tensors, write_text
 from ..levers import Lever, Record, read_record
 from ..plan import fingerprint, weights_sha256
 from ..sites import Site
-from ..storage import read_tensors, write_tensors, write_text
 
 _FORMAT = "1"
 _EVERY = 2.0  # seconds of measuring that a power cut may cost

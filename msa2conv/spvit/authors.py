@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ArchitectureMismatch, InvalidArgument, InvalidCheckpoint
+from ..files import read_state_dict, state_dict_in
 from ..sites import Claims
-from ..storage import read_state_dict, state_dict_in
 from .recipe import Family
 
 Form = Literal["search", "fine-tune", "merged"]

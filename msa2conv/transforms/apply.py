@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArchitectureMismatch, InvalidPlan
+from ..hub import guard
 from ..kernels import SharedStart
 from ..ops import Conv
 from ..plan import Edit, Plan, Replace, SetAttr, Slice, fingerprint
@@ -41,6 +42,7 @@ def apply(plan: Plan, model: nn.Module, tensors: Mapping[str, Tensor] | None = N
     apply_edits(hybrid, plan.edits)
     if tensors is not None:
         load_tensors(hybrid, tensors)
+    guard(hybrid, plan)
     return hybrid
 
 
