@@ -7,14 +7,13 @@
 Claims are made on the meta device, from one forward pass without weights. A conversion starts from random weights and
 a few random images: it says whether the surgery is right, not how accurate the result is. It aims at 0.85 of the FLOPs
 (or the nearest that can be reached); the laws are checked by `convert`, saving and loading here, and that tokens lie
-where the Layout says by `misplaced`. Writes results/coverage.json and results/claims.json; `python -m benchmarks.table`
+where the Layout says by `displaced`. Writes results/coverage.json and results/claims.json; `python -m benchmarks.table`
 then writes docs/BACKBONES.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import re
 import subprocess
@@ -23,7 +22,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,18 +32,19 @@ import torch
 from torch import nn
 
 import msa2conv
-from msa2conv.adapters.base import find_sites
+from msa2conv.adapters.base import default_adapters, find_sites
 from msa2conv.adapters.build import example_size
-from msa2conv.adapters.timm import TIMM
+from msa2conv.adapters.trial import displaced
 from msa2conv.errors import Msa2ConvError, NoSitesFound
 from msa2conv.levers import FFN, Mixer
-from msa2conv.ops import Skip
-from msa2conv.sites import AttentionSite, Claims, Refusal, observe
-from msa2conv.transforms.apply import replace_submodule
+from msa2conv.search.measure import tensor_of
+from msa2conv.sites import AttentionSite, Claims, observe
+from msa2conv.workbench import working_copy
 
 from .common import write
 
 TARGET, IMAGES, LARGE = 0.85, 8, 12e9
+SIZE = (3, 224, 224)  # of models that do not say
 MODULES = tuple(
     """
     beit byoanet byobnet cait coat convit cpubone crossvit csatv2 davit deepseek_vit deit edgenext efficientformer
@@ -73,19 +73,23 @@ def on_meta(name: str, **kwargs: Any) -> nn.Module:
 
 @cache
 def claims_of(name: str) -> dict[str, Any]:
-    """What is found in a model, without weights; a row of results/claims.json."""
+    """What is found in a timm model, without weights; a row of results/claims.json."""
+    return claimed(name, lambda: on_meta(name))
+
+
+def claimed(name: str, build: Callable[[], nn.Module]) -> dict[str, Any]:
+    """What is found in a model that `build` makes on the meta device."""
     row: dict[str, Any] = {"model": name, "attentions": 0, "ffns": 0, "refused": {}, "reason": ""}
     started = time.perf_counter()
     try:
-        model = on_meta(name)
-        size = example_size(model)
-        assert size is not None
+        model = build()
+        size = example_size(model) or SIZE
         seen = observe(model, torch.zeros(1, *size, device="meta"))
         try:
             found = find_sites(model, seen)
             row |= {"attentions": len(found.attentions), "ffns": len(found.ffns)}
         except NoSitesFound as error:
-            found = TIMM.claims(model, seen)
+            found = Claims.of(item for adapter in default_adapters() for item in adapter.claims(model, seen).refusals)
             row["reason"] = "" if found.refusals else error.found
         kinds = Counter(f"{item.kind}: {re.sub(_SHAPE, '', item.reason)}" for item in found.refusals)
         row["refused"] = {what: times for what, times in kinds.items() if "left dense" not in what or found.sites}
@@ -94,75 +98,31 @@ def claims_of(name: str) -> dict[str, Any]:
     return row | {"seconds": round(time.perf_counter() - started, 1)}
 
 
-@torch.no_grad()
-def misplaced(model: nn.Module, found: Claims, size: tuple[int, ...]) -> float:
-    """How far tokens lie from where their Layout says, as the largest share of the grid's side found.
-
-    With every attention silenced what is left is local: a change of the image is heard by the tokens at its place.
-    (Not by gradients: PyTorch 2.15 on CPU gives wrong ones for TinyViT's BatchNorms in eval mode.)
-    """
-    probe = copy.deepcopy(model).double()
-    heard: dict[str, torch.Tensor] = {}
-    for site in found.attentions:
-        mixer = Skip().build(site.io)
-        replace_submodule(probe, site.path, mixer)
-        mixer.register_forward_pre_hook(
-            lambda _m, args, site=site: heard.__setitem__(site.path, site.layout.to_map(args[0])[1])
-        )
-    image = torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).double()
-    probe(image)
-    before, worst = dict(heard), 0.0
-    for place in ((0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 0.75)):
-        changed = image.clone()
-        rows, columns = (
-            slice(int(s * at) - s // 32, int(s * at) + s // 32) for s, at in zip(size[1:], place, strict=True)
-        )
-        changed[:, :, rows, columns] += 1
-        probe(changed)
-        for path, map_BCHW in heard.items():
-            change_HW = (map_BCHW - before[path])[0].square().sum(0)
-            for axis, at in enumerate(place):
-                share = change_HW.sum(1 - axis)
-                if share.sum() > 0:
-                    centre = ((torch.arange(len(share)) + 0.5) * share).sum() / share.sum() / len(share)
-                    worst = max(worst, abs(float(centre) - at))
-    return worst
-
-
-def refused(model: nn.Module, size: tuple[int, ...]) -> tuple[Refusal, ...]:
-    """Attentions that are left as they are."""
-    found = TIMM.claims(model, observe(model, torch.zeros(1, *size)))
-    return tuple(item for item in found.refusals if "left dense" not in item.reason)
-
-
-def convert_one(module: str, name: str, seed: int) -> dict[str, Any]:
+def convert_one(module: str, name: str, seed: int, build: Callable[[], nn.Module] | None = None) -> dict[str, Any]:
     """Convert one model and check the result; a row of results/coverage.json."""
     torch.manual_seed(seed)
-    model = timm.create_model(name).eval()
-    size = example_size(model)
-    assert size is not None
+    model = (build or (lambda: timm.create_model(name)))().eval()
+    size = example_size(model) or SIZE
     row: dict[str, Any] = {"module": module, "model": name}
+    example = {"example_inputs": torch.randn(1, *size, generator=torch.Generator().manual_seed(seed))}
     try:
-        seen = msa2conv.inspect(model)
+        seen = msa2conv.inspect(model, **example)
     except NoSitesFound as error:
-        kinds = sorted({item.kind for item in refused(model, size)})
-        return row | {
-            "verdict": "nothing to convert",
-            "reason": f"left as they are: {', '.join(kinds)}" if kinds else error.found,
-        }
+        return row | {"verdict": "nothing to convert", "reason": error.found}
     row |= {"GFLOPs": round(seen.costs.base / 1e9, 2), "attention": f"{seen.share(AttentionSite):.0%}"}
     row |= {"attentions": len(seen.claims.attentions), "FFNs": len(seen.claims.ffns)}
     levers = (Mixer(), FFN()) if seen.costs.base < LARGE else (Mixer(ops=("skip", "conv1x1"), rank=0.25),)
-    seen = msa2conv.inspect(model, levers=levers)
+    seen = msa2conv.inspect(model, levers=levers, **example)
     target = max(TARGET, round(seen.floor / seen.costs.base + 0.02, 3))
     started = time.perf_counter()
     images = torch.randn(IMAGES, *size, generator=torch.Generator().manual_seed(seed))
-    result = msa2conv.convert(model, target, data=images, levers=levers, seed=seed, progress=False)
+    result = msa2conv.convert(model, target, data=images, levers=levers, seed=seed, progress=False, **example)
     took = time.perf_counter() - started
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         again = msa2conv.load(result.save(Path(folder) / "hybrid.safetensors"), model)
         x = images[:2]
-        same = torch.equal(again(x), result.model(x)) if isinstance(result.model(x), torch.Tensor) else None
+        same = torch.equal(tensor_of(again(x)), tensor_of(result.model(x)))
+    places = displaced(working_copy(model), seen.claims.attentions, images[:1])
     tried = [len([o for o in options if o.edits]) for path, options in result.calibration.options().items()]
     changed = [path for path in result.plan.choices if result.plan.choices[path] != "attention"]
     row |= {
@@ -172,7 +132,7 @@ def convert_one(module: str, name: str, seed: int) -> dict[str, Any]:
         "changed sites": len(changed),
         "lifted, lowered": f"{result.report.laws['lifting']:.0e}, {result.report.laws['lowering']:.0e}",
         "reloaded": "same bits" if same else "differs",
-        "tokens off by": f"{misplaced(model, seen.claims, size):.0%}",
+        "tokens off by": f"{max(places.values(), default=0):.0%}",
         "seconds": round(took),
     }
     replaced = [o for site in seen.claims.attentions for o in result.calibration.options()[site.path] if o.edits]
@@ -208,7 +168,7 @@ def main() -> None:
     if args.claims_only:
         return
     for module in args.modules:
-        row = _in_its_own_process(module, _smallest(module), args.seed)
+        row = in_its_own_process("benchmarks.coverage", module, _smallest(module), args.seed)
         print(json.dumps(row), flush=True)
         write("coverage", "python -m benchmarks.coverage", args.seed, [row], NOTE, key="module")
 
@@ -223,9 +183,9 @@ def _smallest(module: str) -> str:
     return next((name for what in ("attentions", "refused") for name in names if claims_of(name)[what]), names[0])
 
 
-def _in_its_own_process(module: str, name: str, seed: int) -> dict[str, Any]:
+def in_its_own_process(command_module: str, module: str, name: str, seed: int) -> dict[str, Any]:
     """So that a crash or a lack of memory is a row, not the end."""
-    command = [sys.executable, "-m", "benchmarks.coverage", "--one", module, name, "--seed", str(seed)]
+    command = [sys.executable, "-m", command_module, "--one", module, name, "--seed", str(seed)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import errors as errors, spvit as spvit
+    from . import errors as errors, spvit as spvit, testing as testing
     from .adapters.base import Adapter as Adapter, find_sites as find_sites
     from .api import (
         Conversion as Conversion,
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .cost import CostModel as CostModel, count_flops as count_flops
     from .gate_search import Search as Search, prepare as prepare
     from .gate_training import train_gates as train_gates
-    from .inspection import inspect as inspect
+    from .inspection import discover as discover, inspect as inspect
     from .laws import verify as verify
     from .layouts import Layout as Layout
     from .levers import FFN as FFN, Mixer as Mixer
@@ -59,6 +59,7 @@ _WHERE = {
     "convert": "api",
     "count_flops": "cost",
     "distill": "train.distill",
+    "discover": "inspection",
     "find_sites": "adapters.base",
     "inspect": "inspection",
     "lift": "transforms.lift",
@@ -72,7 +73,7 @@ _WHERE = {
     "train_gates": "gate_training",
     "verify": "laws",
 }
-_MODULES = ("errors", "spvit")
+_MODULES = ("errors", "spvit", "testing")
 __all__ = ["__version__", *_MODULES, *sorted(_WHERE)]
 
 

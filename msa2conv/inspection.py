@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from .adapters.base import Adapter, find_sites
+from .adapters.discovery import Discovery, propose
 from .cost import CostModel
 from .levers import Lever, resolve_levers
 from .plan import parameter_count
@@ -42,6 +43,34 @@ def inspect(
     return inspect_copy(work, unwrap(model), example_input(work, example_inputs), resolve_levers(levers), adapters)
 
 
+@own_randomness()
+def discover(model: nn.Module, *, example_inputs: Tensor | None = None) -> Discovery:
+    """Propose how an unknown backbone would be declared. Changes nothing, and nothing is converted until you agree.
+
+    One forward pass is traced: the innermost module that maps a grid of tokens to itself through a softmax over its
+    positions is an attention, and modules whose hidden units can be dropped are FFNs. Windows, and arguments that a
+    convolution would have to honour, are named and left for you to declare.
+
+    Args:
+        model: any module.
+        example_inputs: a float tensor [B, C, H, W]; by default noise of the size the model declares.
+
+    Returns:
+        A Discovery: `print` it for the declaration to paste; `.adapter` is that declaration.
+
+    Raises:
+        NoSitesFound: nothing mixes a map by a softmax in a module of its own.
+        InvalidInput, NonFiniteValue: as `inspect`.
+
+    Example:
+        proposal = msa2conv.discover(model, example_inputs=torch.zeros(1, 3, 224, 224))
+        print(proposal)
+        result = msa2conv.convert(model, 0.7, adapters=[proposal.adapter], data=images)
+    """
+    work = working_copy(unwrap(model))
+    return propose(work, observe(work, example_input(work, example_inputs)))
+
+
 def inspect_copy(
     work: nn.Module, original: nn.Module, example: Tensor, levers: tuple[Lever, ...], adapters: Iterable[Adapter] | None
 ) -> Inspection:
@@ -61,4 +90,4 @@ def _name(model: nn.Module) -> str:
     return str(config.get("architecture") or type(model).__name__)
 
 
-__all__ = ["Inspection", "Levers", "inspect", "inspect_copy"]
+__all__ = ["Inspection", "Levers", "discover", "inspect", "inspect_copy"]

@@ -259,6 +259,14 @@ class PrefixRidge(nn.Module):
         return torch.bmm(own_and_mean_PBI, self.weight_POI.transpose(1, 2)).transpose(0, 1) + self.bias_PO
 
 
+class Folded(nn.Module):
+    """The weights of a Linear that is folded into others and never called; tools that replace Linears leave it."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+
 class PrefixAttention(nn.Module):
     """The rows of softmax attention that belong to the prefix tokens, with keys and values folded away.
 
@@ -271,8 +279,8 @@ class PrefixAttention(nn.Module):
         self.heads, self.head_dim, self.scale = spec.heads, spec.head_dim, spec.scale
         inner = spec.heads * spec.head_dim
         self.q = nn.Linear(dim, inner, bias=spec.bias)
-        self.k = nn.Linear(dim, inner, bias=False)
-        self.v = nn.Linear(dim, inner, bias=spec.bias)
+        self.k = Folded(nn.Linear(dim, inner, bias=False))
+        self.v = Folded(nn.Linear(dim, inner, bias=spec.bias))
         self.proj = nn.Linear(inner, dim)
 
     def forward(self, prefix_BPC: Tensor, mean_BC: Tensor, tokens_BNC: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ RANKS = [
     ("gate_search", "gate_training"),
     ("spvit",),
     ("api",),
+    ("testing",),
     ("cli", "__main__"),
 ]
 ALLOWED = {("storage", "adapters.build")}  # load() rebuilds the base model where the Plan knows how

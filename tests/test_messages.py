@@ -209,7 +209,7 @@ def classifier() -> nn.Module:
 
 
 ADAPTERS = "an attention that one of the adapters (timm, transformers, torchvision, torch) knows"
-WRITE_ADAPTER = "Write an adapter for it (CONTRIBUTING.md, 'Add a backbone') and pass adapters=[yours]."
+WRITE_ADAPTER = "Let msa2conv.discover(model) propose one, or write it (CONTRIBUTING.md), and pass adapters=[yours]."
 
 
 def test_convolutional_network(refused: Refused) -> None:

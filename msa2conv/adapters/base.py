@@ -69,7 +69,7 @@ def find_sites(model: nn.Module, seen: Observation, adapters: Iterable[Adapter] 
             type(model).__name__,
             _describe(refusals),
             f"an attention that one of the adapters ({', '.join(adapter.name for adapter in adapters)}) knows",
-            "Write an adapter for it (CONTRIBUTING.md, 'Add a backbone') and pass adapters=[yours].",
+            "Let msa2conv.discover(model) propose one, or write it (CONTRIBUTING.md), and pass adapters=[yours].",
         )
     return Claims(tuple(sites), refusals)
 

@@ -32,7 +32,7 @@ from .paths import block_of
 
 _NARROW = 4  # channels; relative positions have two or three, an FFN has more
 Known = TypeVar("Known")
-ByClass = Mapping[Any, Known]  # a class, or its qualified name; the keys of a Mapping are invariant
+ByClass = Mapping[Any, Known]  # by class, qualified name or module path; the keys of a Mapping are invariant
 Where = Callable[[Any], Projections | None]
 
 
@@ -79,7 +79,8 @@ class Declarations:
 
     Args:
         name: of the family, for messages.
-        attentions, ffns: {class: what it is}; a class, or its qualified name where importing it would cost something.
+        attentions, ffns: {class: what it is}; a class, its qualified name where importing it would cost something, or
+            the path of one module.
         left: {class: why such a module is left as it is}.
 
     Example:
@@ -96,7 +97,8 @@ class Declarations:
         found: list[Site | Refusal] = []
         groups: dict[Any, Units | str] = {}  # FFNs of one shape hang together in the same way
         for path, module in model.named_modules():
-            attention, ffn, left = _of(module, self.attentions), _of(module, self.ffns), _of(module, self.left)
+            attention, ffn = _of(path, module, self.attentions), _of(path, module, self.ffns)
+            left = _of(path, module, self.left)
             if left is not None:
                 found.append(Refusal(path, type(module).__name__, left))
             if attention is not None or ffn is not None:
@@ -122,9 +124,9 @@ class Declarations:
         return Claims.of(found)
 
 
-def _of(module: nn.Module, known: ByClass[Known]) -> Known | None:
+def _of(path: str, module: nn.Module, known: ByClass[Known]) -> Known | None:
     kind = type(module)
-    return known.get(kind, known.get(f"{kind.__module__}.{kind.__qualname__}"))
+    return next((known[key] for key in (path, kind, f"{kind.__module__}.{kind.__qualname__}") if key in known), None)
 
 
 def _attention(place: Place, kind: Attention) -> AttentionSite:
