@@ -14,6 +14,23 @@ from torch import Tensor, nn
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 
 
+class TorchViT(nn.Module):
+    """PyTorch's own encoder, batch or sequence first."""
+
+    def __init__(self, batch_first: bool, norm_first: bool, dim: int = 32, depth: int = 3, classes: int = 10) -> None:
+        super().__init__()
+        self.batch_first, self.patches = batch_first, nn.Conv2d(3, dim, 8, 8)
+        self.cls = nn.Parameter(torch.randn(1, 1, dim))
+        layer = nn.TransformerEncoderLayer(dim, 2, 3 * dim, 0.0, "gelu", batch_first=batch_first, norm_first=norm_first)
+        self.encoder, self.head = nn.TransformerEncoder(layer, depth), nn.Linear(dim, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat((self.cls.expand(len(x), -1, -1), x), dim=1)
+        x = self.encoder(x) if self.batch_first else self.encoder(x.transpose(0, 1)).transpose(0, 1)
+        return self.head(x[:, 0])
+
+
 class Tiny(NamedTuple):
     """A registered model, or the class of one, made small, and what must be found in it."""
 
@@ -318,7 +335,15 @@ TORCHVISION = {
         "b (nh nw) (h w) c @ 16x16+0",
     ),
 }
-TINY |= TORCHVISION
+TORCH = {
+    "torch_encoder": Tiny(
+        "own:TorchViT", {"batch_first": True, "norm_first": False}, (32, 40), 3, 3, "b (h w) c @ 4x5+1"
+    ),
+    "torch_encoder_sequence_first": Tiny(
+        "own:TorchViT", {"batch_first": False, "norm_first": True}, (32, 40), 3, 3, "(h w) b c @ 4x5+1"
+    ),
+}
+TINY |= TORCHVISION | TORCH
 if importlib.util.find_spec("transformers"):
     TINY |= TRANSFORMERS
 
@@ -331,6 +356,8 @@ def _create(tiny: Tiny) -> nn.Module:
 
         config = getattr(transformers, f"{name}Config")(**tiny.kwargs)
         return getattr(transformers, f"{name}Model")(config)
+    if library == "own":
+        return TorchViT(**tiny.kwargs)
     if not module:
         return timm.create_model(name, **tiny.kwargs)
     return getattr(importlib.import_module(f"{library or 'timm'}.models.{module}"), name)(**tiny.kwargs)

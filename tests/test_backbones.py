@@ -25,7 +25,16 @@ from msa2conv.workbench import working_copy
 FAMILIES = pytest.mark.parametrize("family", backbones.TINY)
 # What is left without the claimed attentions still looks at the whole map: class, channel or strided attention.
 NOT_LOCAL = ("levit", "efficientformer_v2", "gcvit")
-NO_CHECKPOINTING = ("convit", "crossvit", "pit", "twins", "hf_pvt", "hf_levit", *backbones.TORCHVISION)
+NO_CHECKPOINTING = (
+    "convit",
+    "crossvit",
+    "pit",
+    "twins",
+    "hf_pvt",
+    "hf_levit",
+    *backbones.TORCHVISION,
+    *backbones.TORCH,
+)
 
 
 @cache

@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 import msa2conv
-from msa2conv.errors import ArchitectureMismatch, InvalidArgument
+from msa2conv.errors import ArchitectureMismatch, InvalidArgument, UnsupportedArgument
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "patch_size": 8}
 IMAGES = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -37,6 +37,12 @@ def test_class_and_config_are_kept_and_logits_are_compared(model: nn.Module, res
     out = result.model(pixel_values=IMAGES[:2], labels=torch.tensor([1, 2]))
     assert out.loss.isfinite() and out.logits.shape == (2, 10)
     assert result.model(IMAGES[:1], output_hidden_states=True).hidden_states[-1].shape == (1, 17, 32)
+
+
+def test_attention_weights_are_refused_by_name(result: msa2conv.Conversion) -> None:
+    expected = "found the argument 'output_attentions'; expected only the tokens 'hidden_states'"
+    with pytest.raises(UnsupportedArgument, match=expected):
+        result.model(IMAGES[:1], output_attentions=True)
 
 
 def folders(result: msa2conv.Conversion, tmp_path: Path) -> list[Path]:

@@ -18,7 +18,8 @@ class Replay:
 
     The blocks must run one after the other. Their outputs are recorded once; to start at block i, all earlier blocks
     return their recordings, so that whatever lies between them, and long skip connections, see what they always see.
-    Where blocks do not return plain tensors, or the recorded output is not reproduced, every run is a full one.
+    Where blocks return neither tensors nor tuples of them, or the recorded output is not reproduced, every run is a
+    full one.
 
     Args:
         model: a network that belongs to the caller (its blocks' `forward` is shadowed while a suffix runs).
@@ -32,7 +33,7 @@ class Replay:
     ) -> None:
         self.model, self.batches, self.output_fn = model, batches, output_fn
         self.blocks = list(dict.fromkeys(blocks))
-        self.recorded: list[list[Tensor]] = []
+        self.recorded: list[list[Any]] = []
         self.exact = True
         self.reference = self._record()
         if len(self.blocks) > 1 and self.exact:
@@ -53,7 +54,7 @@ class Replay:
             outputs.append(tensor_of(self.model(batch), self.output_fn))
             for handle in handles:
                 handle.remove()
-            self.exact &= all(isinstance(seen.get(path), Tensor) for path in self.blocks)
+            self.exact &= all(_is_plain(seen.get(path)) for path in self.blocks)
             self.recorded.append([seen[path] for path in self.blocks] if self.exact else [])
         return torch.cat(outputs)
 
@@ -77,3 +78,10 @@ class Replay:
         finally:
             for module in shadowed:
                 del module.forward
+
+
+def _is_plain(output: Any) -> bool:
+    """A tensor, or a tuple with one (of Hugging Face's Swin, for example)."""
+    if isinstance(output, tuple):
+        return all(value is None or isinstance(value, (Tensor, tuple)) for value in output)
+    return isinstance(output, Tensor)

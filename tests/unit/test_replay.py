@@ -80,20 +80,21 @@ def test_long_skip_connections_do_not_fool_it(source: int, target: int) -> None:
 
 
 class Pair(nn.Module):
-    """A block that returns a tuple."""
+    """A block that returns a tuple, or a dict."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: type) -> None:
         super().__init__()
-        self.block = Block()
+        self.block, self.kind = Block(), kind
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return self.block(x), None
+    def forward(self, x: Tensor) -> tuple[Tensor, None] | dict[int, Tensor]:
+        out = self.block(x)
+        return (out, None) if self.kind is tuple else {0: out}
 
 
 class Pairs(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, kind: type = tuple) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Pair() for _ in range(5))
+        self.blocks = nn.ModuleList(Pair(kind) for _ in range(5))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
@@ -101,8 +102,17 @@ class Pairs(nn.Module):
         return x
 
 
-def test_blocks_that_return_tuples_are_run_in_full() -> None:
+def test_blocks_that_return_tuples_are_replayed_too() -> None:
     net = Pairs()
+    replay = replay_of(net)
+    assert replay.exact
+    calls = net.blocks[0].block.calls
+    assert_same(replay.run("blocks.4"), replay.reference)
+    assert net.blocks[0].block.calls == calls
+
+
+def test_blocks_that_return_anything_else_are_run_in_full() -> None:
+    net = Pairs(kind=dict)
     replay = replay_of(net)
     assert not replay.exact
     assert_same(replay.run("blocks.4"), replay.reference)
