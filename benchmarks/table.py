@@ -19,7 +19,7 @@ from .common import RESULTS
 
 ROOT = Path(__file__).parent.parent
 SHOWN = (ROOT / "README.md", ROOT / "examples" / "fashion" / "README.md")  # files with marked tables
-LISTED = ("claims", "coverage")  # in docs/BACKBONES.md
+LISTED = ("claims", "coverage", "libraries")  # in docs/BACKBONES.md
 NO_ATTENTION = "no attention module at all"
 _MARKED = re.compile(r"(<!-- table: (\w+)(?: without ([^>]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -74,7 +74,8 @@ def backbones() -> str:
         "",
         render("coverage"),
         "",
-        "## Every model",
+        *_other_libraries(),
+        "## Every timm model",
         "",
         "Attentions and FFNs that are claimed, and what is left as it is.",
         "",
@@ -85,6 +86,23 @@ def backbones() -> str:
         left = "; ".join(f"{times} {what}" for what, times in row["refused"].items()) or row["reason"]
         lines.append(f"| {row['module']} | {row['model']} | {row['attentions']} | {row['ffns']} | {left} |")
     return "\n".join(lines) + "\n"
+
+
+def _other_libraries() -> list[str]:
+    if not (RESULTS / "libraries.json").is_file():
+        return []
+    rows = json.loads((RESULTS / "libraries.json").read_text())["rows"]
+    works = [row for row in rows if row["verdict"] == "works"]
+    tried = [row for row in rows if row["verdict"] != "claimed"]
+    return [
+        "## transformers and torchvision",
+        "",
+        f"One conversion a family, of a small configuration: {len(works)} of {len(tried)} work, the others say why not. "
+        "Of torchvision's larger models the claims are shown.",
+        "",
+        render("libraries"),
+        "",
+    ]
 
 
 def main() -> None:
