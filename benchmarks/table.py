@@ -97,7 +97,7 @@ def _other_libraries() -> list[str]:
     return [
         "## transformers and torchvision",
         "",
-        f"One conversion a family, of a small configuration: {len(works)} of {len(tried)} work, the others say why not. "
+        f"One conversion a family, of a small configuration: {len(works)} of {len(tried)} work, the others say why. "
         "Of torchvision's larger models the claims are shown.",
         "",
         render("libraries"),

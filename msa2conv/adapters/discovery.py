@@ -152,7 +152,7 @@ def _tried(model: nn.Module, seen: Observation, found: dict[Any, Found]) -> list
             del found[key], sites[key]
     places = displaced(model, (site for group in sites.values() for site in group), seen.inputs)
     for key, group in sites.items():
-        far = max(places[site.path] for site in group)
+        far = max((places[site.path] for site in group), default=1.0)
         if far > FAR:
             reason = f"its tokens do not lie row by row ({far:.0%} of a side away): declare their layout"
             refusals.append(Refusal(found[key].path, found[key].kind, reason))
