@@ -21,7 +21,7 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2  # one thread for each of two workers
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup  # one thread for each of two workers
 
 # The versions are for Python 3.10 to 3.12: `make test-oldest PYTHON=python3.10`. The .gitignore keeps git and ruff out.
 .venv-oldest/installed: pyproject.toml tests/oldest.txt

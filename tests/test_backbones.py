@@ -22,7 +22,10 @@ from msa2conv.sites import tensor_in
 from msa2conv.transforms.apply import replace_submodule
 from msa2conv.workbench import working_copy
 
-FAMILIES = pytest.mark.parametrize("family", backbones.TINY)
+# One worker for a family, which is then converted once.
+FAMILIES = pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in backbones.TINY]
+)
 # What is left without the claimed attentions still looks at the whole map: class, channel or strided attention.
 NOT_LOCAL = ("levit", "efficientformer_v2", "gcvit")
 NO_CHECKPOINTING = (
