@@ -73,13 +73,17 @@ def build(module: str, name: str) -> nn.Module:
     return getattr(transformers, name)(config).eval()
 
 
+def _without_weights(module: str, name: str) -> nn.Module:
+    with torch.device("meta"):
+        return build(module, name)
+
+
 def row_of(module: str, name: str, seed: int) -> dict[str, Any]:
     """A conversion of the smallest model, claims of the others."""
     library = module.partition(".")[0]
     if name == names(module)[0]:
         return in_its_own_process("benchmarks.libraries", module, name, seed) | {"version": version(library)}
-    with torch.device("meta"):
-        found = claimed(name, partial(build, module, name))
+    found = claimed(name, partial(_without_weights, module, name))
     counts = {"attentions": found["attentions"], "FFNs": found["ffns"]}
     verdict = "claimed" if found["attentions"] else "fails"
     return {"module": module, "model": name, **counts, "verdict": verdict, "reason": found["reason"]} | {
