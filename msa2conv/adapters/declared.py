@@ -166,7 +166,8 @@ def _width(module: nn.Module, kind: FFN) -> int:
 
 def _ffn(place: Place, kind: FFN, groups: dict[Any, Units | str]) -> FFNSite:
     module, call = place.module, place.call
-    key = (repr(module), call.x, tuple(sorted((k, str(v)) for k, v in call.arguments.items())))
+    arguments = tuple(sorted((name, str(value)) for name, value in call.arguments.items()))
+    key = (repr(module), call.x, arguments, kind.output, kind.split)
     if key not in groups:
         groups[key] = hidden_units(module, kind.output, place.x, call.arguments, kind.split)
     units = groups[key]
