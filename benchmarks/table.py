@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from msa2conv.adapters.base import NO_ATTENTION
 from msa2conv.files import write_text
 
 from .common import RESULTS
@@ -20,7 +21,6 @@ from .common import RESULTS
 ROOT = Path(__file__).parent.parent
 SHOWN = (ROOT / "README.md", ROOT / "examples" / "fashion" / "README.md")  # files with marked tables
 LISTED = ("claims", "coverage", "libraries")  # in docs/BACKBONES.md
-NO_ATTENTION = "no attention module at all"
 _MARKED = re.compile(r"(<!-- table: (\w+)(?: without ([^>]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -10,6 +10,8 @@ from torch import nn
 from ..errors import ConflictingClaims, NoSitesFound
 from ..sites import AttentionSite, Claims, Observation, Refusal, listed
 
+NO_ATTENTION = "no attention module at all"
+
 
 class Adapter(Protocol):
     """Finds the Sites of one family of backbones.
@@ -87,4 +89,4 @@ def _unknown(model: nn.Module, seen: Observation, found: list[Claims]) -> list[R
 
 
 def _describe(refusals: tuple[Refusal, ...]) -> str:
-    return "; ".join(listed(refusals)) or "no attention module at all"
+    return "; ".join(listed(refusals)) or NO_ATTENTION
