@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         make_plan as make_plan,
     )
     from .cost import CostModel as CostModel, count_flops as count_flops
+    from .folding import fold_norms as fold_norms
     from .gate_search import Search as Search, prepare as prepare
     from .gate_training import train_gates as train_gates
     from .inspection import discover as discover, inspect as inspect
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from .sites import AttentionSite as AttentionSite, Claims as Claims, FFNSite as FFNSite, observe as observe
     from .storage import load as load, read_plan as read_plan, save as save
     from .train.distill import distill as distill
+    from .train.finetune import finetune as finetune
+    from .train.head import reset_head as reset_head
+    from .train.stages import Stage as Stage
     from .transforms.apply import apply as apply
     from .transforms.lift import lift as lift
 
@@ -53,6 +57,7 @@ _WHERE = {
     "Option": "options",
     "Plan": "plan",
     "Search": "gate_search",
+    "Stage": "train.stages",
     "apply": "transforms.apply",
     "calibrate": "api",
     "choose": "api",
@@ -61,6 +66,8 @@ _WHERE = {
     "distill": "train.distill",
     "discover": "inspection",
     "find_sites": "adapters.base",
+    "finetune": "train.finetune",
+    "fold_norms": "folding",
     "inspect": "inspection",
     "lift": "transforms.lift",
     "load": "storage",
@@ -68,6 +75,7 @@ _WHERE = {
     "observe": "sites",
     "prepare": "gate_search",
     "read_plan": "storage",
+    "reset_head": "train.head",
     "save": "storage",
     "solve": "search.solve",
     "train_gates": "gate_training",

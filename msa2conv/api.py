@@ -236,7 +236,7 @@ def convert(
     run = Run(target, distill_steps, seed, seconds, laws, example.device, seen.warnings)
     report = make_report(plan, calibration, choice, before, after, run)
     final = apply(plan, original, _cast(hybrid, original))
-    return Conversion(final, plan, report, calibration)
+    return Conversion(final, plan, report, calibration, original)
 
 
 def _gates(search: Any, calibrated_only: bool) -> Gates:

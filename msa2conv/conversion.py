@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from .data import EMBEDDED
+from .errors import ArchitectureMismatch, InvalidCheckpoint
 from .files import MODEL_FILE, write_json, write_text
 from .hub import is_transformers, write_config
-from .plan import Plan
+from .plan import Plan, weights_sha256
 from .planning import Choice
 from .report.conversion import Report, model_card
 from .search.calibrate import Calibration
 from .search.measure import distance
-from .storage import save
+from .storage import load, read_plan, save
+from .workbench import unwrap
+
+REPORT_FILE = "report.json"
 
 
 @dataclass(frozen=True)
@@ -34,12 +38,14 @@ class Conversion:
         report: the figures; `print` it.
         calibration: reuse it for another budget: `convert(model, 0.5, calibration=result.calibration)`; None after a
             gate search, and where a checkpoint was read.
+        original: the very model that was given to `convert`, to learn from; None where that is not known.
     """
 
     model: nn.Module
     plan: Plan
     report: Report
     calibration: Calibration | None
+    original: nn.Module | None = field(default=None, repr=False)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the hybrid atomically.
@@ -59,14 +65,52 @@ class Conversion:
             return save(self.model, self.plan, target)
         written = save(self.model, self.plan, target / MODEL_FILE)
         write_text(target / "plan.json", self.plan.model_dump_json(indent=2) + "\n")
-        write_json(target / "report.json", self.report.model_dump(mode="json"))
+        write_json(target / REPORT_FILE, self.report.model_dump(mode="json"))
         write_text(target / "README.md", model_card(self.plan, self.report))
         if is_transformers(self.model):
             write_config(self.model, target)
         return written
 
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], model: nn.Module | None = None, *, original: nn.Module | None = None
+    ) -> Conversion:
+        """Read what `save` wrote.
+
+        Args:
+            path: the folder, or the `.safetensors` file (without its report).
+            model: an instance of the original architecture, as for `msa2conv.load`; not needed with `original`.
+            original: the very model that was converted, with its weights, if there is more to learn from it.
+
+        Raises:
+            InvalidCheckpoint, UnsupportedSchema, InvalidPlan: the files cannot be used.
+            ArchitectureMismatch: `model` or `original` is another one.
+        """
+        plan = read_plan(path)
+        if original is not None:
+            original = unwrap(original)
+            if weights_sha256(original) != plan.base.weights_sha256:
+                raise ArchitectureMismatch(
+                    "original", f"a {type(original).__name__} with other weights",
+                    f"the {plan.base.name} that was converted", "Load the weights that were given to `convert`.",
+                )  # fmt: skip
+        hybrid = load(path, original if model is None else model)
+        return cls(hybrid, plan, _read_report(Path(path) / REPORT_FILE, plan), None, original)
+
     def __str__(self) -> str:
         return f"{self.plan}\n\n{self.report}"
+
+
+def _read_report(path: Path, plan: Plan) -> Report:
+    if not path.is_file():
+        return decided_report(plan, "an earlier run", {})
+    try:
+        return Report.model_validate_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InvalidCheckpoint(
+            str(path), "a report that this version cannot read", "the report.json that `save` wrote",
+            "Delete it: the hybrid itself does not need it.",
+        ) from error  # fmt: skip
 
 
 @dataclass(frozen=True)

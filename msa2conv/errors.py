@@ -46,6 +46,10 @@ class InvalidCalibrationData(Msa2ConvError, ValueError):
     """The calibration images are too few, malformed or inconsistent."""
 
 
+class InvalidTrainingData(Msa2ConvError, ValueError):
+    """The training images or labels cannot be used: none, unreadable, or of other classes."""
+
+
 class SearchNotRun(Msa2ConvError, RuntimeError):
     """A gate search is asked for its result before it has made a step."""
 

@@ -268,7 +268,7 @@ class Search:
         final = apply(plan, self.original)
         own = final.state_dict()
         final.load_state_dict({name: value.to(own[name]) for name, value in state.items()})
-        return Conversion(final, plan, report, None)
+        return Conversion(final, plan, report, None, self.original)
 
     def dense(self) -> nn.Module:
         """A copy of the supernet with every gate open, as the original's plain module with the trained weights."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .conversion import Conversion
-from .errors import ArchitectureMismatch, InvalidArgument, InvalidCalibrationData, NonFiniteValue
+from .errors import ArchitectureMismatch, InvalidArgument
 from .files import read_state, write_state
 from .gate_search import Search, prepare
 from .plan import weights_sha256
-from .progress import track
 from .search.gates import Gates
 from .search.measure import default_measure, first_tensor
+from .train.data import Batches
+from .train.log import Log
+from .train.loop import Task, accelerated, log_of, remembered_buffers, run
 from .workbench import own_randomness, unwrap, working_copy
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -28,7 +32,7 @@ STATE_FILE = "search.pt"
 @own_randomness()
 def train_gates(
     search: Search,
-    data: Iterable[Any],
+    data: Any,
     *,
     epochs: int = 1,
     loss: Loss | None = None,
@@ -38,12 +42,13 @@ def train_gates(
     resume: str | os.PathLike[str] | None = None,
     save_every: int = 100,
     progress: bool = True,
+    same_gates: bool = False,
 ) -> Search:
     """Train a prepared search: AdamW, cosine for the weights, constant for the gates, no warm-up.
 
     Args:
         search: from `prepare(model, target, steps=epochs * len(data))`; trained in place.
-        data: something to iterate over once per epoch: a DataLoader, or a list of (images, labels) or of images.
+        data: a DataLoader or Dataset, or a list of batches, of (images, labels) or of images, as for `finetune`.
         epochs: passes over it.
         loss: loss(output, labels) -> scalar. None: KL to the original's logits (relative error of features), no labels.
         lr, gate_lr: as for `Search.param_groups`.
@@ -52,6 +57,8 @@ def train_gates(
             most `save_every` steps back) and, on CPU, ends in the same result.
         save_every: steps between saves; on Ctrl-C or an error the state after the last whole step is saved too.
         progress: show a bar.
+        same_gates: of several processes (`accelerate launch`), which share every batch, all draw the same gates. By
+            default each draws its own, as in the paper's code: more networks are tried in a step.
 
     Returns:
         The search given.
@@ -63,60 +70,86 @@ def train_gates(
         ArchitectureMismatch, InvalidCheckpoint: `resume` holds something else.
     """
     _check_counts(epochs=epochs, save_every=save_every)
-    steps = epochs * _length(data)
-    teacher = working_copy(search.original).requires_grad_(False) if loss is None else None
-    optimizer = torch.optim.AdamW(search.param_groups(lr, gate_lr))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [_cosine(steps), _cosine(steps), lambda step: 1.0])
-    path = None if resume is None else Path(resume) / STATE_FILE
-    about: dict[str, Any] = {"seed": seed, "steps": steps, "epochs": epochs, "lr": lr, "gate_lr": gate_lr}
-    about |= {"gates": search.gates.model_dump(exclude_defaults=True), "model": weights_sha256(search.original)[:12]}
-    done, random = 0, None
-    if path is not None and path.is_file():
-        done, random = _restore(search, optimizer, schedule, path, about)
-
-    def save() -> None:
-        if path is not None:
-            state = {"search": search.state_dict(), "optimizer": optimizer.state_dict(), "random": before.random}
-            write_state(path, {**about, **state, "schedule": schedule.state_dict(), "done": done})
-
-    search.model.train()
-    device = next(search.model.parameters()).device
-    before, whole = _Before(search), True
-    try:
-        for images, labels in track(_batches(data, epochs, seed, done, random), "search", progress, steps - done):
-            value = _loss(search, teacher, loss, images.to(device), labels) + search.penalty()
-            if not torch.isfinite(value):
-                raise NonFiniteValue(
-                    f"search step {done}", f"a loss of {float(value.detach())}", "a finite loss",
-                    "Lower lr; the state before this step is kept.",
-                )  # fmt: skip
-            optimizer.zero_grad(set_to_none=True)
-            value.backward()  # type: ignore[no-untyped-call]
-            whole = False
-            optimizer.step()
-            schedule.step()
-            done += 1
-            before, whole = _Before(search), True
-            if done % save_every == 0:
-                save()
-    finally:
-        if whole:  # else the weights are half a step further: what was saved before stands
-            before.restore()
-            save()
+    model = search.model
+    with accelerated(next(model.parameters()).device, find_unused=search.gates.skip_inactive) as accelerator:
+        ranks = {"rank": accelerator.process_index, "ranks": accelerator.num_processes}
+        batches = Batches(data, epochs=epochs, seed=seed, **ranks)
+        teacher = working_copy(search.original).requires_grad_(False).to(accelerator.device) if loss is None else None
+        optimizer = torch.optim.AdamW(search.param_groups(lr, gate_lr))
+        about: dict[str, Any] = {"seed": seed, "steps": batches.steps, "epochs": epochs, "lr": lr, "gate_lr": gate_lr}
+        about |= {
+            "gates": search.gates.model_dump(exclude_defaults=True),
+            "model": weights_sha256(search.original)[:12],
+        }
+        task = Task(
+            "search", _Objective(search, teacher, loss), optimizer, batches, _cosine(optimizer, batches.steps),
+            guard=partial(remembered, search), random_per_rank=not same_gates,
+        )  # fmt: skip
+        run_search(search, task, accelerator, about, resume, save_every, progress)
     return search
 
 
-class _Before:
-    """What the forward pass of a step alters: buffers (BatchNorm's), the budget, the random state."""
+def run_search(
+    search: Search,
+    task: Task,
+    accelerator: Any,
+    about: dict[str, Any],
+    resume: str | os.PathLike[str] | None,
+    save_every: int,
+    progress: bool,
+) -> None:
+    """Train the supernet of a search, from where an interrupted run left off.
 
-    def __init__(self, search: Search) -> None:
-        self.search, self.budget, self.random = search, search.budget.state(), torch.get_rng_state()
-        self.buffers = [buffer.clone() for buffer in search.model.buffers()]
+    Args:
+        search: trained in place.
+        task: what to do.
+        accelerator: see `accelerated`.
+        about: plain values; a state that was saved with others is not continued.
+        resume, save_every, progress: as for `train_gates`.
+    """
+    folder = None if resume is None else Path(resume)
+    log = log_of(accelerator, folder, progress)
+    path = None if folder is None else folder / STATE_FILE
+    done = 0 if path is None or not path.is_file() else _restore(search, task.optimizer, log, path, about)
 
-    def restore(self) -> None:
-        self.search.budget.load(self.budget)
-        for buffer, value in zip(self.search.model.buffers(), self.buffers, strict=True):
-            buffer.copy_(value)
+    def save(steps: int) -> None:
+        if path is not None and accelerator.is_main_process:
+            state = {"search": search.state_dict(), "optimizer": task.optimizer.state_dict(), "lines": log.lines}
+            write_state(path, {**about, **state, "done": steps})
+
+    search.model.train()
+    try:
+        run(task, accelerator, log, done=done, save=save, save_every=save_every)
+        save(task.batches.steps)
+    finally:
+        log.close()
+
+
+class _Objective(nn.Module):
+    """The loss of a supernet, and the penalty of its gates."""
+
+    def __init__(self, search: Search, teacher: nn.Module | None, loss: Loss | None) -> None:
+        super().__init__()
+        self.model = search.model
+        self._rest = (search, teacher, loss)  # in a tuple: the teacher's weights do not learn
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        search, teacher, loss = self._rest
+        value = _loss(search, teacher, loss, images, labels)
+        with torch.autocast(images.device.type, enabled=False):
+            penalty = search.penalty()
+        return {"loss": value + penalty, "penalty": penalty}
+
+
+def remembered(search: Search) -> Callable[[], None]:
+    """Remember what the forward pass of a step alters: buffers (BatchNorm's), and the budget."""
+    undo, budget = remembered_buffers(search.model), search.budget.state()
+
+    def back() -> None:
+        undo()
+        search.budget.load(budget)
+
+    return back
 
 
 def _check_counts(**counts: Any) -> None:
@@ -142,62 +175,9 @@ def convert_by_gates(
             "A gate search trains; without your images use search='calibrated'.",
         )  # fmt: skip
     _check_counts(epochs=epochs)
-    search = prepare(unwrap(model), flops_target, steps=epochs * _length(data), gates=gates, **prepared)
+    search = prepare(unwrap(model), flops_target, steps=Batches(data, epochs=epochs).steps, gates=gates, **prepared)
     train_gates(search, data, epochs=epochs, **training)
-    images, _ = _split(next(iter(data)))
-    return search.finish(images[:64])
-
-
-def _length(data: Any) -> int:
-    if isinstance(data, Tensor) or not hasattr(data, "__len__"):
-        raise InvalidCalibrationData(
-            "data", f"a {type(data).__name__}", "something with a length that can be iterated once per epoch",
-            "Pass a DataLoader, or a list of (images, labels) batches.",
-        )  # fmt: skip
-    if len(data) == 0:
-        raise InvalidCalibrationData("data", "no batches", "at least one", "Check the dataset and drop_last.")
-    return len(data)
-
-
-def _batches(
-    data: Iterable[Any], epochs: int, seed: int, done: int, random: Tensor | None
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """All batches of all epochs from step `done` on, in an order that depends on (seed, epoch) alone."""
-    length = _length(data)
-    for epoch in range(done // length, epochs):
-        _reseed(data, seed + epoch)
-        batches, first = iter(data), done - epoch * length if epoch == done // length else 0
-        for count in range(length):
-            if count == first and count and random is not None:
-                torch.set_rng_state(random)  # as after the last step that was saved
-            batch = next(batches, None)
-            if batch is None:
-                raise InvalidCalibrationData(
-                    f"data, epoch {epoch + 1}", f"{count} batches", f"{length}, the length of the data",
-                    "Pass something that can be iterated more than once, such as a DataLoader.",
-                )  # fmt: skip
-            if count >= first:
-                yield _split(batch)
-
-
-def _reseed(data: Any, seed: int) -> None:
-    torch.manual_seed(seed)
-    generator = getattr(data, "generator", None)  # a DataLoader's own, where it was given one
-    if isinstance(generator, torch.Generator):
-        generator.manual_seed(seed)
-
-
-def _split(batch: Any) -> tuple[Tensor, Tensor | None]:
-    """(images, labels) of a batch: a tensor, or a tuple that starts with one."""
-    parts = list(batch) if isinstance(batch, (tuple, list)) else [batch]
-    images, labels = parts[0], parts[1] if len(parts) > 1 else None
-    if not isinstance(images, Tensor) or images.ndim != 4:
-        found = f"a tensor of shape {tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-        raise InvalidCalibrationData(
-            "data", f"a batch that starts with {found}", "images [b, C, H, W], alone or with labels",
-            "Let the loader give (images, labels).",
-        )  # fmt: skip
-    return images, labels
+    return search.finish(Batches(data).probe(64))
 
 
 def _loss(search: Search, teacher: nn.Module | None, loss: Loss | None, images: Tensor, labels: Any) -> Tensor:
@@ -217,11 +197,19 @@ def _loss(search: Search, teacher: nn.Module | None, loss: Loss | None, images: 
     return (output - reference).square().mean() / reference.square().mean().clamp_min(1e-12)
 
 
-def _cosine(steps: int) -> Callable[[int], float]:
-    return lambda step: 0.01 + 0.99 * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * min(1.0, step / steps)))))
+def _cosine(optimizer: torch.optim.Optimizer, steps: int) -> Callable[[int], None]:
+    """Weights by a cosine down to a hundredth, gates constant: the groups of `Search.param_groups`."""
+    rates = [float(group["lr"]) for group in optimizer.param_groups[:2]]
+
+    def schedule(step: int) -> None:
+        factor = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps))
+        for group, rate in zip(optimizer.param_groups, rates, strict=False):
+            group["lr"] = factor * rate
+
+    return schedule
 
 
-def _restore(search: Search, optimizer: Any, schedule: Any, path: Path, about: dict[str, Any]) -> tuple[int, Tensor]:
+def _restore(search: Search, optimizer: Any, log: Log, path: Path, about: dict[str, Any]) -> int:
     state = read_state(path)
     other = [name for name in about if state.get(name) != about[name]]
     if other:
@@ -231,10 +219,10 @@ def _restore(search: Search, optimizer: Any, schedule: Any, path: Path, about: d
         )  # fmt: skip
     search.load_state_dict(state["search"])
     optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
-    random: Tensor = state["random"]
-    return int(state["done"]), random
+    log.resume(state["lines"])
+    return int(state["done"])
 
 
 def _named(values: dict[str, Any], names: list[str]) -> str:
-    return ", ".join(f"{name} {values.get(name)}" for name in names)
+    shown = {name: str(values.get(name)) for name in names}
+    return ", ".join(f"{name} {text}" if len(text) < 80 else f"another {name}" for name, text in shown.items())

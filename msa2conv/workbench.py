@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,10 +30,16 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def own_randomness() -> Iterator[None]:
-    """Leave PyTorch's global random state as it was found: mixers are initialised before their values are filled in."""
+    """Leave the global random states (torch, numpy, Python) as they were found: mixers are initialised before their
+    values are filled in, and training seeds every step."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
-    with torch.random.fork_rng(list(devices), device_type="cuda"):
-        yield
+    before = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(list(devices), device_type="cuda"):
+            yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
 
 
 def working_copy(model: nn.Module) -> nn.Module:

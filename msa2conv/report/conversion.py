@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict
 
 from ..plan import Plan
+from .training import Training
 
 
 class Report(BaseModel):
@@ -26,6 +27,7 @@ class Report(BaseModel):
     device: where it ran.
     laws: {law: largest difference or exact figure} as verified on this model.
     warnings: what the user should know.
+    training: what a fine-tuning did since, None without.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,6 +54,7 @@ class Report(BaseModel):
     device: str
     laws: dict[str, float]
     warnings: list[str] = []
+    training: Training | None = None
 
     def __str__(self) -> str:
         unit = "KL to the original (nats)" if self.measure == "kl" else "relative feature error"
@@ -82,6 +85,8 @@ class Report(BaseModel):
         else:
             lines.append(f"decided by {self.calibration}")
         lines += [f"warning: {text}" for text in self.warnings]
+        if self.training is not None:
+            lines.append(str(self.training))
         return "\n".join(lines)
 
 

@@ -1,0 +1,62 @@
+"""BatchNorms of convolutions folded into their neighbours: the same outputs in eval mode, less to compute."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import Conv, ConvMixer
+from ..plan import Edit, Replace
+from .apply import replace_submodule, submodule
+
+
+def fold_norms(edits: tuple[Edit, ...], model: nn.Module) -> tuple[tuple[Edit, ...], nn.Module]:
+    """Fold the BatchNorm of every mixer that has one; others, the host's own, are left alone.
+
+    Args:
+        edits: of the Plan that made `model`.
+        model: a hybrid; not touched.
+
+    Returns:
+        (edits without these norms, a copy without them).
+    """
+    folded = copy.deepcopy(model)
+    found: list[Edit] = []
+    for edit in edits:
+        if isinstance(edit, Replace) and isinstance(edit.spec, Conv) and edit.spec.norm is not None:
+            old = submodule(folded, edit.path)
+            assert isinstance(old, ConvMixer)
+            spec = edit.spec.model_copy(update={"norm": None})
+            edit = edit.model_copy(update={"spec": spec, "start": None})
+            replace_submodule(folded, edit.path, _without_norm(old, edit))
+        found.append(edit)
+    return tuple(found), folded
+
+
+@torch.no_grad()
+def _without_norm(old: ConvMixer, edit: Replace) -> nn.Module:
+    like = next(old.parameters())
+    new = edit.spec.build(edit.io).to(like.device, like.dtype).train(old.training)
+    state = {name: value for name, value in old.state_dict().items() if not name.startswith("norm.")}
+    scale_R, shift_R = _affine(old.norm)
+    state["reduce.weight"] = old.reduce.weight * scale_R[:, None, None, None]
+    bias_R = shift_R if old.reduce.bias is None else shift_R + scale_R * old.reduce.bias
+    if "reduce.bias" in new.state_dict():
+        state["reduce.bias"] = bias_R
+    else:  # nothing stands between the two convolutions now: the second one's bias takes it all
+        state.pop("reduce.bias", None)
+        assert isinstance(old.expand, nn.Conv2d) and old.expand.bias is not None
+        state["expand.bias"] = old.expand.bias + old.expand.weight[:, :, 0, 0] @ bias_R
+    new.load_state_dict(state)
+    for name, parameter in new.named_parameters():
+        parameter.requires_grad_(old.get_parameter(name).requires_grad)
+    return new
+
+
+def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """(scale, shift) of a BatchNorm in eval mode."""
+    assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and norm.running_var is not None
+    scale_R = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+    return scale_R, norm.bias - scale_R * norm.running_mean
