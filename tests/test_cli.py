@@ -29,7 +29,7 @@ run = CliRunner().invoke
 @pytest.fixture(autouse=True)
 def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables are cut to the terminal's width: make that the same everywhere."""
-    monkeypatch.setattr("msa2conv.cli.console", Console(width=160))
+    monkeypatch.setattr("msa2conv.cli.shown.console", Console(width=160))
 
 
 @pytest.fixture(scope="module")

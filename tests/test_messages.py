@@ -35,6 +35,7 @@ from msa2conv import (
     calibrate,
     convert,
     errors,
+    finetune,
     load,
     prepare,
     train_gates,
@@ -51,8 +52,10 @@ from msa2conv.errors import (
     InvalidOutputPath,
     InvalidPlan,
     InvalidTarget,
+    InvalidTrainingData,
     LawViolation,
     LayoutMismatch,
+    MissingDependency,
     Msa2ConvError,
     NonFiniteValue,
     NoSitesFound,
@@ -60,6 +63,7 @@ from msa2conv.errors import (
     UncountedOperator,
     UnsupportedArgument,
     UnsupportedSchema,
+    WeightsUnavailable,
 )
 from msa2conv.files import read_state_dict, read_tensors, write_tensors
 from msa2conv.plan import PLAN_KEY
@@ -99,7 +103,11 @@ def test_the_comparison_can_fail() -> None:
 
 def test_every_error_class_is_tested_here() -> None:
     package = Path(msa2conv.__file__).parent
-    library = [path for path in package.rglob("*.py") if path.name not in ("cli.py", "__main__.py", "errors.py")]
+    library = [
+        path
+        for path in package.rglob("*.py")
+        if "cli" not in path.parts and path.name not in ("__main__.py", "errors.py")
+    ]
     calls = {node.func.id for path in library for node in _calls(path.read_text()) if isinstance(node.func, ast.Name)}
     known = {name for name, kind in vars(errors).items() if inspect.isclass(kind) and issubclass(kind, Msa2ConvError)}
     expected = {
@@ -564,13 +572,13 @@ BATCHES_OF_A_SEARCH = "images [b, C, H, W], alone or with labels. Let the loader
                 f"data: found a {type(data).__name__}; expected something with a length that can be iterated once per "
                 "epoch. Pass a DataLoader, or a list of (images, labels) batches.",
             )
-            for data in (iter(PAIRS), images(8), 5)
+            for data in (iter(PAIRS), 5)
         ),
         (["a"], f"data: found a batch that starts with str; expected {BATCHES_OF_A_SEARCH}"),
         ([images(4)[0]], f"data: found … with a tensor of shape (3, 32, 32); expected {BATCHES_OF_A_SEARCH}"),
         ([(3, images(4))], f"data: found a batch that starts with int; expected {BATCHES_OF_A_SEARCH}"),
     ],
-    ids=["none", "an iterator", "a tensor", "a number", "text", "one image", "labels first"],
+    ids=["none", "an iterator", "a number", "text", "one image", "labels first"],
 )
 def test_unusable_training_images(refused: Refused, data: Any, text: str) -> None:
     search = searching()
@@ -694,6 +702,79 @@ def test_progress_that_cannot_be_written(refused: Refused, tmp_path: Path) -> No
     )
     with refused(InvalidOutputPath, text):
         train_gates(searching(), PAIRS, resume=tmp_path / "file")
+
+
+# ------------------------------------------------------------------------------------------------- fine-tuning
+
+
+def test_training_images_of_other_classes(refused: Refused) -> None:
+    text = (
+        "train: found labels from 3 to 12; expected the 10 classes of the model. "
+        "Pass labels=False to learn from the teacher alone."
+    )
+    result = converted()
+    with refused(InvalidTrainingData, text, result.model, result.original):
+        finetune(result, [(images(2), torch.tensor([3, 12]))], stages=["labels"], progress=False)
+
+
+def test_training_without_accelerate(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    text = "training: found no accelerate; expected Hugging Face accelerate. pip install 'msa2conv[train]'"
+    with refused(MissingDependency, text):
+        finetune(converted(), PAIRS)
+    with refused(MissingDependency, text):
+        train_gates(searching(), PAIRS)
+
+
+def test_accelerate_set_up_for_what_is_not_supported(refused: Refused) -> None:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    text = (
+        "accelerate: found NO, gradients accumulated over 2 steps; expected one process, or DDP on CPUs or GPUs, "
+        "without accumulation. Run `accelerate config` again; micro_batch accumulates gradients within a step."
+    )
+    with refused(InvalidArgument, text):
+        finetune(converted(), PAIRS, accelerator=Accelerator(cpu=True, gradient_accumulation_steps=2))
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_weights_that_cannot_be_downloaded(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    from msa2conv.adapters import weights
+
+    def offline(name: str, **kwargs: Any) -> nn.Module:
+        raise OSError("no network\nand more")
+
+    monkeypatch.setattr(weights, "create", offline)
+    text = (
+        "vit_tiny_patch16_224: found no pretrained weights (no network); expected weights that timm can download or "
+        "has cached. Go online once, or pass weights of your own."
+    )
+    with refused(WeightsUnavailable, text):
+        weights.downloaded("vit_tiny_patch16_224")
+
+
+def test_datasets_that_are_not_there(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from msa2conv.data.sources import images_at
+
+    kinds = "a folder with one subfolder of images per class, torch/NAME:ROOT, or a Hugging Face dataset on disk"
+    with refused(InvalidArgument, f"{tmp_path}/none: found no images (…); expected {kinds}. Check the path."):
+        images_at(tmp_path / "none", None)
+    hint = "For example torch/CIFAR10:data, after torchvision.datasets.CIFAR10('data', download=True)."
+    with refused(InvalidArgument, f"torch/CIFAR10: found no folder; expected torch/NAME:ROOT. {hint}"):
+        images_at("torch/CIFAR10", None)
+    with refused(InvalidArgument, f"torch/C:x: found no such dataset of torchvision; expected torch/NAME:ROOT. {hint}"):
+        images_at("torch/C:x", None)
+    text = (
+        f"torch/CIFAR10:{tmp_path}: found …; expected CIFAR10 downloaded to {tmp_path}. Run torchvision.datasets.CIF…"
+    )
+    with refused(InvalidArgument, text):
+        images_at(f"torch/CIFAR10:{tmp_path}", None)
+    (tmp_path / "state.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    text = f"{tmp_path}: found a Hugging Face dataset; expected the package datasets. pip install datasets"
+    with refused(MissingDependency, text):
+        images_at(tmp_path, None)
 
 
 # ------------------------------------------------------------------------------- plans and calibrations of another

@@ -1,4 +1,4 @@
-"""The command line: inspect, convert, eval. Thin over the public functions."""
+"""The command line: inspect, convert, finetune, train, eval. Thin over the public functions."""
 
 from __future__ import annotations
 
@@ -8,20 +8,22 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from . import api
-from .adapters.build import build, create, preprocessing
-from .cost import count_flops
-from .data import image_folder
-from .errors import ArchitectureMismatch, InvalidCheckpoint, InvalidOutputPath, Msa2ConvError, WeightsUnavailable
-from .evaluate import Accuracy, evaluate, latency
-from .files import check_writable, read_state_dict
-from .plan import Preprocessing, fingerprint, parameter_count, weights_sha256
-from .search.resume import discard
-from .storage import load, read_plan
+from .. import api
+from ..adapters.build import create, preprocessing
+from ..cost import count_flops
+from ..data import image_folder
+from ..errors import InvalidOutputPath
+from ..evaluate import Accuracy, evaluate, latency
+from ..files import check_writable
+from ..plan import Preprocessing, parameter_count
+from ..search.resume import discard
+from ..storage import load, read_plan
+from .models import named, original_of
+from .shown import say, show
+from .train import finetune, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,7 +31,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Turn a trained Vision Transformer into a cheaper MSA/conv hybrid at an exact FLOPs budget.",
 )
-console = Console()
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="timm model name, e.g. deit_small_patch16_224")]
 Pretrained = Annotated[bool, typer.Option(help="Load timm's pretrained weights.")]
@@ -53,7 +54,7 @@ def inspect(
 ) -> None:
     """Show every attention found, where the FLOPs are, and which budgets can be reached. Needs no weights."""
     kwargs: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
-    console.print(str(api.inspect(create(name, **kwargs))), highlight=False, soft_wrap=True)
+    show(api.inspect(create(name, **kwargs)))
 
 
 @app.command()
@@ -80,7 +81,7 @@ def convert(
         )  # fmt: skip
     check_writable(output / "model.safetensors")
     torch.manual_seed(seed)  # the same command means the same model, with --no-pretrained too
-    model = _model(name, pretrained and checkpoint is None, checkpoint, num_classes)
+    model = named(name, pretrained and checkpoint is None, checkpoint, num_classes)
     prepared = preprocessing(model) or Preprocessing()
     size = api.inspect(model).input_size
     data = None if images is None else image_folder(images, size, prepared)
@@ -103,10 +104,12 @@ def convert(
         typer.echo(f"interrupted: the same command continues with what {calibrating}/ holds", err=True)
         raise
     discard(calibrating)
-    console.print(str(result), highlight=False, soft_wrap=True)
-    console.print(
-        f"\nwritten to {output}/   next: msa2conv eval {output} --images DIR", highlight=False, soft_wrap=True
-    )
+    show(result)
+    show(f"\nwritten to {output}/   next: msa2conv eval {output} --images DIR")
+
+
+app.command()(finetune)
+app.command()(train)
 
 
 @app.command(name="eval")
@@ -125,7 +128,7 @@ def evaluate_command(
     dataset = image_folder(images, plan.base.input_size, plan.base.preprocessing or Preprocessing())
     models: dict[str, nn.Module] = {}
     if original is not None:
-        models["original"] = _original(plan, original)
+        models["original"] = original_of(plan, original)
     models["hybrid"] = hybrid
     example = dataset[0][0][None]
     rows = {
@@ -133,64 +136,9 @@ def evaluate_command(
         for label, model in models.items()
     }
     times = latency({label: model.float() for label, model in models.items()}, example)
-    console.print(_table(rows, times))
+    say(_table(rows, times))
     if original is None:
-        console.print(f"[dim]add --original FILE to compare with {plan.base.name} itself[/dim]")
-
-
-def _original(plan: Any, checkpoint: Path) -> nn.Module:
-    if plan.base.builder is None:
-        raise ArchitectureMismatch(
-            str(checkpoint),
-            f"a Plan for {plan.base.model_class} without a builder",
-            "a timm model",
-            "Evaluate in Python.",
-        )
-    model = build(plan.base.builder)
-    _load_weights(model, checkpoint)
-    if weights_sha256(model) != plan.base.weights_sha256:
-        console.print(f"[yellow]warning:[/yellow] {checkpoint} holds other weights than those that were converted")
-    return model.eval()
-
-
-def _model(name: str, pretrained: bool, checkpoint: Path | None, num_classes: int | None) -> nn.Module:
-    kwargs: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
-    if checkpoint is not None:
-        state = read_state_dict(checkpoint)
-        head = state.get("head.weight", state.get("head.fc.weight"))
-        if head is not None and num_classes is None:
-            kwargs["num_classes"] = head.shape[0]
-        model = create(name, **kwargs)
-        _load_weights(model, checkpoint, state)
-        return model.eval()
-    create(name)  # an unknown name is told apart from missing weights
-    try:
-        return create(name, pretrained=pretrained, **kwargs).eval()
-    except Msa2ConvError:
-        raise
-    except Exception as error:  # timm and its hub client raise many kinds when there is no network
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise WeightsUnavailable(
-            name,
-            f"no pretrained weights ({reason})",
-            "weights that timm can download or has cached",
-            "Go online once, or pass --checkpoint FILE, or --no-pretrained for random weights.",
-        ) from error
-
-
-def _load_weights(model: nn.Module, checkpoint: Path, state: dict[str, torch.Tensor] | None = None) -> None:
-    state = read_state_dict(checkpoint) if state is None else state
-    own = model.state_dict()
-    wrong = [key for key in sorted(own.keys() | state.keys()) if key not in own or key not in state]
-    wrong += [key for key in own if key in state and own[key].shape != state[key].shape]
-    if wrong:
-        raise InvalidCheckpoint(
-            str(checkpoint),
-            f"keys that do not fit {type(model).__name__}: {', '.join(wrong[:3])}",
-            f"the {len(own)} tensors of this architecture (fingerprint {fingerprint(model)[:12]})",
-            "Check the model name and --num-classes.",
-        )
-    model.load_state_dict({name: value.to(own[name].dtype) for name, value in state.items()})
+        say(f"[dim]add --original FILE to compare with {plan.base.name} itself[/dim]")
 
 
 def _number(text: str) -> float | str:
