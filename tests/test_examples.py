@@ -71,11 +71,26 @@ def test_a_loop_writes_a_hybrid_that_keeps_the_budget(name: str, tmp_path: Path)
     check_hybrid(path, search)
 
 
+def test_a_hybrid_learns_in_a_plain_loop(tmp_path: Path) -> None:
+    """The lines that the README shows, and what they write."""
+    source = (LOOPS / "distill.py").read_text()
+    _, diff = re.findall(r"^```diff\n(.*?)^```$", (LOOPS / "README.md").read_text(), re.M | re.S)
+    added = re.findall(r"^ *(.*?)  # added", source, re.M)
+    assert [line[1:].strip() for line in diff.splitlines() if line.startswith("+")] == added and len(added) == 5
+    for line in diff.splitlines():
+        assert line[1:].strip() in source
+    result = loop("distill").main(steps=6, out=tmp_path / "hybrid.safetensors")
+    images, base = torch.randn(2, 3, 32, 32), loop("task").model()
+    again = msa2conv.load(tmp_path / "hybrid.safetensors", base).eval()
+    torch.testing.assert_close(again(images), result.model(images))
+    assert msa2conv.count_flops(again, images[:1]) == result.plan.flops
+
+
 def test_all_loops_add_the_lines_that_the_readme_shows() -> None:
     sources = {name: (LOOPS / f"{name}.py").read_text() for name in NAMES}
     added = [re.findall(r"^ *(.*?)  # (?:added|changed)", source, re.M) for source in sources.values()]
     assert len(added[0]) == 5 and added[0] == added[1] == added[2]
-    (diff,) = re.findall(r"^```diff\n(.*?)^```$", (LOOPS / "README.md").read_text(), re.M | re.S)
+    diff, _ = re.findall(r"^```diff\n(.*?)^```$", (LOOPS / "README.md").read_text(), re.M | re.S)
     assert [line[1:].strip() for line in diff.splitlines() if line.startswith("+")] == added[0]
     shown = "".join(f"{line[1:]}\n" for line in diff.splitlines() if not line.startswith("-"))
     assert shown in re.sub(r"^    |  # (?:added|changed).*", "", sources["plain"], flags=re.M)

@@ -28,6 +28,7 @@ DOCUMENTS = [
     ROOT / "README.md",
     *(path for path in [ROOT / "CONTRIBUTING.md"] if path.exists()),
     *sorted((ROOT / "examples").glob("**/README.md")),
+    ROOT / "recipes" / "README.md",
 ]
 BLOCK = re.compile(
     r"(?P<not_run><!-- not run: \S[^>]* -->\s*)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
@@ -73,7 +74,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_python_blocks_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_ins: None) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for folder in ("examples", "recipes"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for line, code, to_run in blocks(document.read_text()):
         if to_run:
