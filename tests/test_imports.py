@@ -33,7 +33,7 @@ RANKS = [
     ("report", "verify", "laws", "evaluate", "planning"),
     ("train",),
     ("conversion", "inspection"),
-    ("train.trainer", "train.finetune", "train.head", "folding"),
+    ("train.lessons", "train.trainer", "train.finetune", "train.head", "folding"),
     ("gate_search", "gate_training"),
     ("spvit",),
     ("api",),

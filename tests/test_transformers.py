@@ -93,3 +93,15 @@ def test_plain_weights_load_into_a_hybrid(result: msa2conv.Conversion) -> None:
     nn.init.zeros_(twin.classifier.weight)
     twin.load_state_dict(result.model.state_dict())
     assert torch.equal(twin(IMAGES).logits, result.model(IMAGES).logits)
+
+
+def test_it_learns_from_its_original_and_from_labels(result: msa2conv.Conversion, tmp_path: Path) -> None:
+    """Attentions that return tuples, outputs that are dataclasses, batches that are dicts."""
+    rows = [{"pixel_values": image, "labels": index % 10} for index, image in enumerate(IMAGES)]
+    stages = ["local", {"kind": "distill", "hidden": 1.0}]
+    tuned = msa2conv.finetune(result, torch.utils.data.DataLoader(rows, 8, shuffle=True), stages=stages, progress=False)
+    assert tuned.report.training is not None and tuned.report.training.labels
+    assert {"labels", "teacher", "hidden"} <= tuned.report.training.curve[-1].keys()
+    tuned.save(tmp_path)
+    again = msa2conv.Conversion.load(tmp_path, rebuilt(tmp_path))
+    assert torch.equal(again.model(IMAGES[:2]).logits, tuned.model(IMAGES[:2]).logits)

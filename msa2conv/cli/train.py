@@ -16,6 +16,7 @@ from ..data import transform
 from ..data.sources import images_at
 from ..errors import InvalidArgument
 from ..files import check_writable
+from ..folding import fold_norms
 from ..plan import Preprocessing
 from ..storage import read_plan
 from ..train.augment import training_transform
@@ -38,6 +39,13 @@ class Precision(str, Enum):
     no = "no"
     bf16 = "bf16"
     fp16 = "fp16"
+
+
+class OnFullDisk(str, Enum):
+    """What to do when the state of the training cannot be written."""
+
+    stop = "stop"
+    continue_ = "continue"
 
 
 class OnBadImage(str, Enum):
@@ -63,6 +71,9 @@ def finetune(
     teacher_checkpoint: Annotated[Path | None, typer.Option(help="Weights of another teacher.")] = None,
     labels: Annotated[bool | None, typer.Option(help="Default: where their classes are the model's.")] = None,
     reset_head: Annotated[bool, typer.Option(help="Train a new classifier for the classes of the images.")] = False,
+    fold: Annotated[
+        bool, typer.Option(help="Fold BatchNorms of convolutions afterwards (it cannot learn on).")
+    ] = False,
     batch_size: Annotated[int, typer.Option(help="Images of a step, over all processes.")] = 64,
     micro_batch: Annotated[int | None, typer.Option(help="Images at a time, where memory is short.")] = None,
     lr: Annotated[float | None, typer.Option(help="Default: 3e-4 local, 5e-5 distill, 2e-5 labels.")] = None,
@@ -72,6 +83,7 @@ def finetune(
     precision: Annotated[Precision | None, typer.Option(help="Default: as accelerate is configured.")] = None,
     workers: Annotated[int, typer.Option(help="Processes that read images.")] = 2,
     on_bad_image: OnBadImage = OnBadImage.skip,
+    on_full_disk: OnFullDisk = OnFullDisk.stop,
     max_steps: Annotated[int | None, typer.Option(help="End every stage after so many steps.")] = None,
     save_every: Annotated[int, typer.Option(help="Steps between saves.")] = 500,
     seed: int = 0,
@@ -108,6 +120,7 @@ def finetune(
             workers=workers,
             precision=None if precision is None else precision.value,
             on_bad_image=on_bad_image.value,
+            on_full_disk=on_full_disk.value,
             max_steps=max_steps,
             seed=seed,
             resume=training,
@@ -119,6 +132,7 @@ def finetune(
         raise
     if not main_process():
         return
+    result = fold_norms(result) if fold else result
     result.save(output)
     keep_log(training, output)
     show(result)

@@ -50,15 +50,11 @@ class Training(BaseModel):
 
     def __str__(self) -> str:
         what = " + ".join(f"{stage.get('epochs', 1)} x {stage['kind']}" for stage in self.stages)
-        source = "labels and " if self.labels else ""
+        count = f"{self.images:,} images, batch {self.batch_size}" if self.images else "the batches given"
         if self.max_steps is not None:
             what += f" (at most {self.max_steps} steps of each)"
-        count = f"{self.images:,} images, batch {self.batch_size}" if self.images else "the batches given"
-        lines = [
-            f"fine-tuned: epochs {what}, {count}; taught by {source}{self.teacher}"
-            if self.teacher != "none"
-            else f"fine-tuned: epochs {what}, {count}; taught by labels"
-        ]
+        teachers = [name for name, there in (("labels", self.labels), (self.teacher, self.teacher != "none")) if there]
+        lines = [f"fine-tuned: epochs {what}, {count}; taught by {' and '.join(teachers)}"]
         lines.append(
             f"{self.images_per_second:,.0f} images/s on {self.processes} "
             f"process{'es' if self.processes > 1 else ''} ({self.precision}), {self.seconds:,.0f} s"
@@ -66,10 +62,8 @@ class Training(BaseModel):
         for line in self.validations:
             kept = self.best is not None and (line["stage"], line["epoch"]) == (self.best["stage"], self.best["epoch"])
             lines.append(
-                f"  {line['stage']:<8}epoch {line['epoch']:>3}   {_figures(line['val'])}{'  <' if kept else ''}"
+                f"  {line['stage']:<8}epoch {line['epoch']:>3}   {_figures(line['val'])}{'  < kept' if kept else ''}"
             )
-        if self.best is not None:
-            lines[-1] += "" if lines[-1].endswith("<") else "   (< kept)"
         return "\n".join([*lines, *(f"warning: {text}" for text in self.warnings)])
 
 

@@ -18,9 +18,11 @@ from ..plan import weights_sha256
 from ..search.measure import OutputFn
 from ..workbench import own_randomness, unwrap
 from .data import Batches, OnBadImage
+from .lessons import Lessons, changed
+from .log import OnFullDisk
 from .loop import accelerated, log_of
 from .stages import Stage, stages_of
-from .trainer import Lessons, Trainer, changed
+from .trainer import Trainer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -45,6 +47,7 @@ def finetune(
     workers: int = 0,
     precision: Precision | None = None,
     on_bad_image: OnBadImage = "skip",
+    on_full_disk: OnFullDisk = "stop",
     max_steps: int | None = None,
     seed: int = 0,
     resume: str | os.PathLike[str] | None = None,
@@ -79,6 +82,8 @@ def finetune(
         workers: processes that read images.
         precision: "bf16" or "fp16" for mixed precision; None: as accelerate is configured.
         on_bad_image: "skip": an image that cannot be read is replaced by another and reported; "stop": an error.
+        on_full_disk: when a state or a line of the log cannot be written, "stop" (what was saved before stays whole),
+            or "continue" and report it at the end.
         max_steps: end every stage after so many steps, to try a recipe out.
         seed: of the order of images, their augmentation, and dropout. Every step's depend on it and on nothing before,
             whatever augments the images draws from (torch, numpy, `random`).
@@ -97,6 +102,7 @@ def finetune(
         InvalidArgument, InvalidTrainingData, InvalidCalibrationData: malformed arguments or data.
         ArchitectureMismatch: the original is needed and not known, or `resume` belongs to another training.
         NonFiniteValue: the loss became NaN or Inf, at which step; the state before is kept in `resume`.
+        InvalidOutputPath: `resume` cannot be written.
         MissingDependency: accelerate is not installed.
 
     Example:
@@ -120,7 +126,7 @@ def finetune(
     device = next(unwrap(conversion.model).parameters()).device
     with accelerated(device, precision, given=accelerator) as accelerator:
         folder = None if resume is None else Path(resume)
-        log = log_of(accelerator, folder, progress)
+        log = log_of(accelerator, folder, progress, on_full_disk)
         batches = partial(
             Batches, train, batch_size=batch_size, workers=workers, on_bad_image=on_bad_image, max_steps=max_steps,
             rank=accelerator.process_index, ranks=accelerator.num_processes,

@@ -7,14 +7,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
+from ..errors import InvalidOutputPath
 from ..files import write_text
 from ..progress import bar
 
 LOG_FILE = "train_log.jsonl"
+OnFullDisk = Literal["stop", "continue"]
 
 
 class Log:
@@ -26,6 +28,7 @@ class Log:
         show: whether to show bars.
         main: whether this process writes and shows; of several, one does.
         mean: of a tensor over all processes.
+        on_full_disk: "stop", or "continue" and say so in the end.
 
     A line of a step: {"stage", "step", "images", "loss", further parts of the loss, "lr", "images_per_second"}; of a
     validation: {"stage", "epoch", "step", "val": {...}}. Losses are means since the last line.
@@ -39,7 +42,9 @@ class Log:
         show: bool = True,
         main: bool = True,
         mean: Callable[[Tensor], Tensor] | None = None,
+        on_full_disk: OnFullDisk = "stop",
     ) -> None:
+        self.on_full_disk, self.failed = on_full_disk, list[str]()
         self.folder, self.every, self.show = folder if main else None, every, show and main
         self.mean = mean or (lambda value: value)
         self.lines: list[dict[str, Any]] = []
@@ -55,12 +60,31 @@ class Log:
     def write(self, line: Mapping[str, Any]) -> None:
         """One more line."""
         self.lines.append(dict(line))
-        if self.folder is None:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / LOG_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        self._to_board(line)
+        if self.folder is not None:
+            self.attempt(lambda: self._append(self.folder or Path(), line))
+
+    def attempt(self, write: Callable[[], None]) -> None:
+        """Write something; where that fails, stop with InvalidOutputPath or note it and go on, as told."""
+        try:
+            write()
+        except InvalidOutputPath as error:
+            if self.on_full_disk == "stop":
+                raise
+            text = f"{error.where} was not written ({error.found})"
+            self.failed += [text] if text not in self.failed else []
+
+    def _append(self, folder: Path, line: Mapping[str, Any]) -> None:
+        path = folder / LOG_FILE
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            self._to_board(line)
+        except OSError as error:
+            raise InvalidOutputPath(
+                str(path), error.strerror or str(error), "a file that can be appended to",
+                "Free some space: the same call continues.",
+            ) from error  # fmt: skip
 
     def _to_board(self, line: Mapping[str, Any]) -> None:
         if self._board is None:

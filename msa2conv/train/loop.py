@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import InvalidArgument, MissingDependency, NonFiniteValue
 from .data import Batches, seed_all
-from .log import Log
+from .log import Log, OnFullDisk
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -194,11 +194,11 @@ def main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def log_of(accelerator: Accelerator, folder: Path | None, show: bool) -> Log:
+def log_of(accelerator: Accelerator, folder: Path | None, show: bool, on_full_disk: OnFullDisk = "stop") -> Log:
     """Of all processes together, written by the first."""
 
     def mean(value: Tensor) -> Tensor:
         reduced: Tensor = accelerator.reduce(value, "mean")
         return reduced
 
-    return Log(folder, show=show, main=accelerator.is_main_process, mean=mean)
+    return Log(folder, show=show, main=accelerator.is_main_process, mean=mean, on_full_disk=on_full_disk)

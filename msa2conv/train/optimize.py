@@ -1,4 +1,4 @@
-"""Optimiser, schedule, averages of the weights, mixing of images (timm's), and BatchNorm statistics (PyTorch's)."""
+"""Optimiser, schedule, averages of the weights, mixing of images (timm's), and BatchNorm statistics."""
 
 from __future__ import annotations
 
@@ -64,10 +64,22 @@ def norms_of(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, kinds) and m.track_running_stats]
 
 
-def reestimate_norms(model: nn.Module, images: Iterable[Tensor]) -> None:
-    """Measure the statistics of every BatchNorm anew, as means over these batches, with the weights as they are now."""
+@torch.no_grad()
+def reestimate_norms(model: nn.Module, norms: Iterable[Any], images: Iterable[Tensor]) -> None:
+    """Measure the statistics of these BatchNorms anew, as means over these batches, with the weights as they are now.
+
+    As PyTorch's `update_bn`, but with everything else (dropout, other norms) in eval mode, as it will be used.
+    """
     modes: dict[Any, bool] = {module: module.training for module in model.modules()}
+    momenta = {norm: norm.momentum for norm in norms}
     model.eval()
-    torch.optim.swa_utils.update_bn(images, model)
+    for norm in momenta:
+        norm.reset_running_stats()
+        norm.momentum = None  # a mean, not a moving one
+        norm.train()
+    for batch in images:
+        model(batch)
+    for norm, momentum in momenta.items():
+        norm.momentum = momentum
     for module, mode in modes.items():
         module.training = mode

@@ -11,150 +11,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.build import example_size, preprocessing
-from ..adapters.paths import block_of
 from ..conversion import Conversion, versions
 from ..errors import ArchitectureMismatch, InvalidArgument
 from ..files import read_state, write_state
 from ..plan import Replace, weights_sha256
 from ..report.training import Training
-from ..search.measure import Measure, OutputFn, default_measure, first_tensor, tensor_of
 from ..sites import check_finite_weights
 from ..workbench import unwrap, working_copy
 from .data import Batches, classes_of
 from .fade import Fading, fade_in, fade_out
+from .lessons import PROBE, Lessons, changed
 from .log import Log
 from .loop import Task, remembered_buffers, run
 from .objectives import Imitate, Local
 from .optimize import Average, cosine, mixup, norms_of, optimizer_for, reestimate_norms
 from .stages import Stage
-from .teacher import Teacher, tapped
 from .validate import Validation
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 STATE_FILE = "training.pt"
-_PROBE = 32  # images on which shapes are compared and scales are measured
 _NORM_BATCHES = 100  # over which BatchNorm statistics are measured anew
-
-
-class Lessons:
-    """What a hybrid learns, and from whom.
-
-    Args:
-        conversion: with the hybrid.
-        stages: asked for.
-        labels: as for `finetune`.
-        original: what was converted, where some stage needs it.
-        teacher: another model to imitate.
-        imitate: whether to imitate anybody; the original where there is no other teacher.
-        output_fn: as for `finetune`.
-    """
-
-    def __init__(
-        self,
-        conversion: Conversion,
-        stages: tuple[Stage, ...],
-        labels: bool | None,
-        *,
-        original: nn.Module | None,
-        teacher: nn.Module | None,
-        imitate: bool,
-        output_fn: OutputFn | None,
-    ) -> None:
-        self.conversion, self.asked, self.labels, self.output_fn = conversion, stages, labels, output_fn
-        self._original, self._other, self.imitate = original, teacher, imitate
-        self.warnings: list[str] = []
-        self.stages: tuple[Stage, ...] = ()
-        self.classes: int | None = None
-        self.taps: tuple[str, ...] = ()
-        self.measure: Measure = "kl"
-        self.original: Teacher | None = None
-        self.teacher: Teacher | None = None
-
-    @property
-    def by(self) -> str:
-        """Who teaches, for people."""
-        if not self.imitate:
-            return "none"
-        return "the original" if self._other is None else type(unwrap(self._other)).__name__
-
-    def look(self, student: nn.Module, batches: Batches) -> None:
-        """Decide on a few images whether labels, the teacher's outputs and its hidden states can be used.
-
-        Raises:
-            ArchitectureMismatch: the teacher has other classes.
-            InvalidArgument: nothing is left to do.
-        """
-        device = next(student.parameters()).device
-        images = batches.probe(_PROBE).to(device)
-        with torch.no_grad():
-            output = student(images[:2])
-        imitated = tensor_of(output, self.output_fn)
-        self.measure = default_measure(student, imitated)
-        self.classes = self._classes(first_tensor(output), batches)
-        if self._original is not None:
-            self.original = Teacher(working_copy(self._original), device, self.output_fn)
-            self.original.check(images)
-        if self._other is not None:
-            self.teacher = self._met(images, imitated, device)
-        elif self.imitate and self.original is not None:
-            self.teacher = self.original if self.original(images[:2]).shape == imitated.shape else None
-            if self.teacher is None:
-                self.warnings.append("the original has other classes: it taught the local stage only")
-        self.stages = tuple(stage for stage in self.asked if self._possible(stage))
-        if not self.stages:
-            why = "; ".join(self.warnings) or "nothing was replaced that could learn"
-            raise InvalidArgument(
-                "stages", f"only stages that cannot be done ({why})", "labels of the model's classes, or a teacher",
-                "Give labelled images, or leave teacher='original'.",
-            )  # fmt: skip
-        if self.teacher is not None and any(stage.hidden for stage in self.stages):
-            self.taps = self._taps(student, self.teacher, images[:2])
-
-    def _possible(self, stage: Stage) -> bool:
-        if stage.kind == "local":
-            return bool(changed(self.conversion))
-        return self.classes is not None or (stage.kind == "distill" and self.teacher is not None)
-
-    def _classes(self, logits: Tensor, batches: Batches) -> int | None:
-        if self.labels is False or self.measure != "kl":
-            return None
-        own = int(logits.shape[1])
-        count = classes_of(batches.data, own)
-        if count == own:
-            return own
-        why = "there are none" if count is None else f"there are {count} classes, and {own} of the model"
-        if self.labels:
-            raise InvalidArgument("labels", f"True, but {why}", "labels of the model's classes", "Pass labels=False.")
-        self.warnings.append(f"trained without labels: {why}")
-        return None
-
-    def _met(self, images: Tensor, expected: Tensor, device: torch.device) -> Teacher:
-        assert self._other is not None
-        model = unwrap(self._other)
-        size = example_size(model)
-        teacher = Teacher(
-            working_copy(model), device, self.output_fn, seen=self.conversion.plan.base.preprocessing,
-            own=preprocessing(model), size=None if size is None else (size[-2], size[-1]),
-        )  # fmt: skip
-        teacher.check(images)
-        found = teacher(images[:2])
-        if found.shape != expected.shape:
-            raise ArchitectureMismatch(
-                "teacher", f"outputs of shape {tuple(found.shape[1:])}",
-                f"{tuple(expected.shape[1:])}, as the student's", "Take a teacher with the same classes.",
-            )  # fmt: skip
-        return teacher
-
-    def _taps(self, student: nn.Module, teacher: Teacher, images: Tensor) -> tuple[str, ...]:
-        known = dict(teacher.model.named_modules())
-        blocks = [path for path in dict.fromkeys(map(block_of, self.conversion.plan.choices)) if path in known]
-        with torch.no_grad(), tapped(student, blocks) as own, tapped(teacher.model, blocks) as theirs:
-            student(images)
-            teacher.run(images)
-        return tuple(path for path in blocks if path in own and own[path].shape == theirs[path].shape)
 
 
 class Trainer:
@@ -253,9 +131,11 @@ class Trainer:
         lessons = self.lessons
         self._set_flags()
         self.student.train()
+        for norm in self._frozen_norms():
+            norm.eval()
         objective: nn.Module
         faded: list[Fading] = []
-        images = batches.probe(_PROBE).to(self.accelerator.device)
+        images = batches.probe(PROBE).to(self.accelerator.device)
         if stage.kind == "local":
             assert lessons.original is not None
             objective = Local(self.student, lessons.original, changed(lessons.conversion), images)
@@ -288,6 +168,10 @@ class Trainer:
         for name, parameter in self.student.named_parameters():
             parameter.requires_grad_(self.flags[name])
 
+    def _frozen_norms(self) -> list[nn.Module]:
+        """BatchNorms that are not to learn, nor to measure."""
+        return [norm for norm in norms_of(self.student) if not any(p.requires_grad for p in norm.parameters())]
+
     def _leave(self, stage: Stage) -> None:
         """After a stage: the average takes the place of the weights, attentions that faded are gone."""
         if self.average is not None:
@@ -300,15 +184,16 @@ class Trainer:
         """BatchNorm statistics lag behind the weights: measure them anew, and keep that where it is no worse."""
         if self.best:
             self.student.load_state_dict(self.best["state"])
-        trained = {id(m) for m in norms_of(self.student)}
-        if not trained:
+        frozen = self._frozen_norms()
+        norms = [norm for norm in norms_of(self.student) if norm not in frozen]
+        if not norms:
             return
         undo = remembered_buffers(self.student)
         seen = self.batches(epochs=1, seed=self.seed)
         images = (
             batch.to(self.accelerator.device) for _, (batch, _) in zip(range(_NORM_BATCHES), seen(), strict=False)
         )
-        reestimate_norms(self.student, images)
+        reestimate_norms(self.student, norms, images)
         for buffer in self.student.buffers():
             if self.accelerator.num_processes > 1 and buffer.is_floating_point():
                 buffer.copy_(self.accelerator.reduce(buffer, "mean"))
@@ -341,7 +226,8 @@ class Trainer:
             "average": {} if self.average is None else self.average.model.state_dict(),
             "lines": self.log.lines, "seconds": self.log.seconds, "seen": self.log.images, "skipped": self.skipped,
         }  # fmt: skip
-        write_state(self.path, state)
+        path = self.path
+        self.log.attempt(lambda: write_state(path, state))
 
     def _restored(self) -> dict[str, Any]:
         if self.path is None or not self.path.is_file():
@@ -388,7 +274,7 @@ class Trainer:
             best={key: self.best[key] for key in ("stage", "epoch", "val")} if self.best else None,
             seconds=round(self.log.seconds, 2),
             images_per_second=round(self.log.images / max(self.log.seconds, 1e-9), 2),
-            warnings=[*lessons.warnings, *self.skipped],
+            warnings=[*lessons.warnings, *self.skipped, *self.log.failed],
             versions=versions(),
         )
         report = lessons.conversion.report.model_copy(update={"training": training})
@@ -404,17 +290,6 @@ def _check_pairs(stages: tuple[Stage, ...], batches: Batches, micro_batch: int |
             "batch_size" if micro_batch is None else "micro_batch", f"{sizes[0]} images of a process at a time",
             "an even number, since mixup and cutmix are on", "Change it, or set mixup and cutmix to 0.",
         )  # fmt: skip
-
-
-def changed(conversion: Conversion) -> list[str]:
-    """Sites whose module was replaced or narrowed and can learn; of one inside another, the outer one."""
-    plan = conversion.plan
-    paths = [
-        site for site in plan.choices if any(f"{edit.path}.".startswith(f"{site}.") for edit in plan.edits)
-    ]  # fmt: skip
-    model = unwrap(conversion.model)
-    able = [path for path in paths if next(model.get_submodule(path).parameters(), None) is not None]
-    return [path for path in able if not any(path.startswith(f"{other}.") for other in able)]
 
 
 def trainable_copy(model: nn.Module) -> tuple[nn.Module, dict[str, bool]]:

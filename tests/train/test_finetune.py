@@ -22,12 +22,19 @@ from torch.utils.data import Dataset, TensorDataset
 
 import msa2conv
 from msa2conv import Conversion, Stage, count_flops, finetune
-from msa2conv.errors import ArchitectureMismatch, InvalidArgument, InvalidTrainingData, NonFiniteValue
+from msa2conv.errors import (
+    ArchitectureMismatch,
+    InvalidArgument,
+    InvalidOutputPath,
+    InvalidTrainingData,
+    NonFiniteValue,
+)
 from msa2conv.files import read_state
 from msa2conv.ops import TokenMixer
 from msa2conv.search.measure import distance, outputs
+from msa2conv.train.lessons import changed
 from msa2conv.train.log import LOG_FILE
-from msa2conv.train.trainer import STATE_FILE, changed
+from msa2conv.train.trainer import STATE_FILE
 
 LABELS = torch.arange(40) % 10
 TRAIN = TensorDataset(images(40, seed=1), LABELS)
@@ -193,6 +200,18 @@ def test_batch_norms_are_settled_at_the_end() -> None:
     assert torch.allclose(mean, norm.running_mean, atol=1e-4), name
 
 
+def test_frozen_batch_norms_stay_frozen() -> None:
+    search = msa2conv.prepare(vit(), 0.5, steps=5)
+    msa2conv.train_gates(search, [(images(8), LABELS[:8])] * 5, gate_lr=1.0, progress=False)
+    conversion = search.finish()
+    norms = [(name, m) for name, m in conversion.model.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    norms[0][1].requires_grad_(False)
+    after = dict(finetune(conversion, TRAIN, stages=["distill"], **SHORT).model.named_modules())
+    for index, (name, norm) in enumerate(norms):
+        kept = [torch.equal(value, after[name].state_dict()[key]) for key, value in norm.state_dict().items()]
+        assert all(kept) if index == 0 else not any(kept), name
+
+
 def test_checkpointed_gradients_are_the_same() -> None:
     plain, saving = vit(), vit()
     saving.set_grad_checkpointing(True)
@@ -341,6 +360,9 @@ def test_another_training_is_not_continued(tmp_path: Path) -> None:
         ({"batch_size": 4}, "batch, steps of an epoch"),
         ({"stages": ["local"]}, "stages"),
         ({"labels": False, "stages": STAGES[:2]}, "stages, labels"),
+        ({"max_steps": None}, "max_steps"),
+        ({"precision": "bf16"}, "precision"),
+        ({"teacher": seeded(vit(), 3), "stages": STAGES}, "teacher"),
         ({"conversion": tuned(max_steps=1)}, "model"),
     ):
         with pytest.raises(ArchitectureMismatch) as error:
@@ -364,6 +386,51 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(tmp_path: Path
     )
     state = read_state(tmp_path / STATE_FILE)
     assert state["done"] == step and all(torch.isfinite(value).all() for value in state["student"].values())
+
+
+def test_a_full_disk_stops_and_leaves_the_last_state_whole(
+    complete: Conversion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from msa2conv import files
+
+    saves, save = 0, torch.save
+
+    def full(state: Any, file: Any) -> None:
+        nonlocal saves
+        saves += 1
+        if saves > 4:
+            file.write(b"half of it")
+            raise OSError(28, "No space left on device")
+        save(state, file)
+
+    monkeypatch.setattr(files.torch, "save", full)
+    with pytest.raises(InvalidOutputPath) as error:
+        tuned(val=VAL, resume=tmp_path, save_every=2)
+    assert str(error.value) == (
+        f"{tmp_path / STATE_FILE}: found a file that could not be written whole ([Errno 28] No space left on device); "
+        "expected a disk with room for it. Free some space, or choose another output path."
+    )
+    assert not list(tmp_path.glob("*.part")) and read_state(tmp_path / STATE_FILE)["stage"] == 1
+    monkeypatch.undo()
+    assert same(tuned(val=VAL, resume=tmp_path, save_every=2).model, complete.model)
+
+
+def test_a_full_disk_need_not_stop(complete: Conversion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from msa2conv import files
+    from msa2conv.train import log
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.torch, "save", full)
+    monkeypatch.setattr(log.json, "dumps", full)
+    result = tuned(val=VAL, resume=tmp_path, on_full_disk="continue")
+    assert same(result.model, complete.model) and result.report.training is not None
+    assert result.report.training.warnings == [
+        f"{tmp_path / LOG_FILE} was not written (No space left on device)",
+        f"{tmp_path / STATE_FILE} was not written (a file that could not be written whole ([Errno 28] No space left on "
+        "device))",
+    ]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
@@ -513,6 +580,16 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
             {"val": images(8), "teacher": None, "stages": ["labels"]},
             InvalidArgument,
             "val: found images without labels; expected labels, or a teacher. Leave val out.",
+        ),
+        (
+            {"batch_size": 7},
+            InvalidArgument,
+            "batch_size: found 7 images of a process at a time; expected an even number, since mixup and cutmix are",
+        ),
+        (
+            {"micro_batch": 3},
+            InvalidArgument,
+            "micro_batch: found 3 images of a process at a time; expected an even number, since mixup and cutmix are",
         ),
         (
             {"val": TensorDataset(images(0), LABELS[:0])},
