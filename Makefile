@@ -28,13 +28,15 @@ test: lint
 	$(PYTHON) -m venv --clear .venv-oldest
 	echo '*' > .venv-oldest/.gitignore
 	$(OLDEST)/pip install --quiet -c tests/oldest.txt torch torchvision
-	$(OLDEST)/pip install --quiet -c tests/oldest.txt -e '.[cli]' 'pytest>=8' 'hypothesis>=6'
+	$(OLDEST)/pip install --quiet -c tests/oldest.txt -e '.[cli,train]' 'pytest>=8' 'hypothesis>=6'
 	touch $@
 
-# Left out: what compares with torch's own counter, which does not see the CPU's fused attention in torch 2.6.
+# Left out: what needs TensorBoard, and what compares with torch's own counter, which does not see the CPU's fused
+# attention in torch 2.6.
 test-oldest: .venv-oldest/installed
 	OMP_NUM_THREADS=1 $(OLDEST)/python -m pytest tests/laws tests/unit tests/test_cli.py tests/test_storage.py \
-		tests/test_backbones.py \
+		tests/test_backbones.py tests/train/test_data.py tests/train/test_objectives.py tests/train/test_finetune.py \
+		--deselect tests/train/test_finetune.py::test_tensorboard_gets_the_same_figures \
 		--deselect tests/unit/test_cost.py::test_torchs_own_counter_agrees
 
 clean:

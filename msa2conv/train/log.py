@@ -95,7 +95,7 @@ class Log:
             except ImportError:  # not installed
                 self._board = False
         if self._board:
-            numbers = {**line, **line.get("val", {})}
+            numbers = {**line, **{f"val_{name}": value for name, value in line.get("val", {}).items()}}
             for name, value in numbers.items():
                 if isinstance(value, float):
                     self._board.add_scalar(f"{line.get('stage', 'train')}/{name}", value, line.get("step", 0))

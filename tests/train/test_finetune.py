@@ -290,7 +290,19 @@ def test_the_log_says_what_happened(tmp_path: Path) -> None:
     steps = [line for line in lines if "loss" in line]
     assert [(line["stage"], line["step"]) for line in steps] == [("local", 5), ("distill", 10), ("labels", 5)]
     assert all(line["images_per_second"] > 0 and line["lr"] >= 0 for line in steps)
-    assert list((tmp_path / "tensorboard").glob("events*")), "TensorBoard is installed here"
+
+
+def test_tensorboard_gets_the_same_figures(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = tuned(val=VAL, resume=tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert result.report.training is not None
+    lines = [line for line in result.report.training.curve if line["stage"] == "distill"]
+    losses, right = (events.Scalars(f"distill/{name}") for name in ("loss", "val_top1"))
+    assert [event.value for event in losses] == pytest.approx([line["loss"] for line in lines if "loss" in line])
+    assert [event.value for event in right] == pytest.approx([line["val"]["top1"] for line in lines if "val" in line])
 
 
 def test_without_tensorboard_there_is_no_event_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
