@@ -24,6 +24,7 @@ from msa2conv.search.measure import distance
 NAME = "vit_tiny_patch16_224"
 CONVERT = ["convert", NAME, "--flops"]
 run = CliRunner().invoke
+pytestmark = pytest.mark.xdist_group("cli")  # on one worker, so that what they share is made once
 
 
 @pytest.fixture(autouse=True)

@@ -25,6 +25,7 @@ from msa2conv.train import trainer
 NAME = "vit_tiny_patch16_224"
 SIZE = {"num_classes": 3, "img_size": 32}
 run = CliRunner().invoke
+pytestmark = pytest.mark.xdist_group("finetune")  # on one worker, so that what they share is made once
 
 
 @pytest.fixture(autouse=True)
