@@ -16,7 +16,7 @@ from .errors import InvalidArgument, InvalidInput
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The plain module inside DataParallel, DistributedDataParallel or `torch.compile`."""
+    """The plain module inside DataParallel, DistributedDataParallel, `torch.compile` or Lightning Fabric."""
     if not isinstance(model, nn.Module):
         raise InvalidArgument("model", type(model).__name__, "a torch.nn.Module", "Pass the model object itself.")
     while True:
@@ -24,6 +24,8 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod  # type: ignore[assignment]
+        elif type(model).__name__ == "_FabricModule":  # Lightning Fabric's; not imported, as few have it
+            model = model.module  # type: ignore[assignment]
         else:
             return model
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning_fabric import Fabric
 from models import converted, images, same, snapshot, swin, vit
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -62,8 +63,13 @@ def test_half_precision_comes_back_in_half(build: Callable[[], nn.Module], dtype
 
 @pytest.mark.parametrize(
     "wrap",
-    [nn.DataParallel, lambda model: torch.compile(model, backend="eager"), lambda m: nn.DataParallel(torch.compile(m))],
-    ids=["DataParallel", "compile", "both"],
+    [
+        nn.DataParallel,
+        lambda model: torch.compile(model, backend="eager"),
+        lambda model: nn.DataParallel(torch.compile(model)),
+        lambda model: Fabric(accelerator="cpu").setup(model),
+    ],
+    ids=["DataParallel", "compile", "both", "Fabric"],
 )
 def test_wrappers_are_taken_off(wrap: Callable[[nn.Module], nn.Module]) -> None:
     model = vit()
