@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -91,6 +93,8 @@ class Lessons:
             )  # fmt: skip
         if self.teacher is not None and any(stage.hidden for stage in self.stages):
             self.taps = self._taps(student, self.teacher, images[:2])
+            if not self.taps:
+                self.warnings.append("no hidden states were taught: none agree in shape")
 
     def _possible(self, stage: Stage) -> bool:
         if stage.kind == "local":
@@ -128,12 +132,23 @@ class Lessons:
         return teacher
 
     def _taps(self, student: nn.Module, teacher: Teacher, images: Tensor) -> tuple[str, ...]:
+        """Of every site the block around it, or as much of it as is called (a ModuleList is not)."""
         known = dict(teacher.model.named_modules())
-        blocks = [path for path in dict.fromkeys(map(block_of, self.conversion.plan.choices)) if path in known]
-        with torch.no_grad(), tapped(student, blocks) as own, tapped(teacher.model, blocks) as theirs:
+        around = {site: list(_down_to(site, block_of(site))) for site in self.conversion.plan.choices}
+        every = {path for paths in around.values() for path in paths if path in known}
+        with torch.no_grad(), tapped(student, every) as own, tapped(teacher.model, every) as theirs:
             student(images)
             teacher.run(images)
-        return tuple(path for path in blocks if path in own and own[path].shape == theirs[path].shape)
+        alike = {path for path in every if path in own and path in theirs and own[path].shape == theirs[path].shape}
+        found = [next((path for path in paths if path in alike), None) for paths in around.values()]
+        return tuple(dict.fromkeys(path for path in found if path is not None))
+
+
+def _down_to(path: str, top: str) -> Iterator[str]:
+    """'blocks.0', 'blocks.0.mlp' for the path 'blocks.0.mlp' below 'blocks.0'."""
+    parts = path.split(".")
+    for count in range(len(top.split(".")), len(parts) + 1):
+        yield ".".join(parts[:count])
 
 
 def changed(conversion: Conversion) -> list[str]:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import backbones
 import pytest
 import torch
 from models import converted, images, same, seeded, swin, vit
@@ -159,6 +160,27 @@ def test_hidden_states_are_taught_where_shapes_allow() -> None:
     stages = [Stage(kind="distill", hidden=1.0)]
     curve = tuned(stages=stages).report.training.curve  # type: ignore[union-attr]
     assert 0 < curve[-1]["hidden"] < 1 and {"labels", "teacher", "loss"} <= curve[-1].keys()
+
+
+@pytest.mark.parametrize("family", ["twins", "levit", "hf_swinv2", "tv_maxvit", "torch_encoder"])
+def test_backbones_of_every_kind(family: str) -> None:
+    """Nested lists of blocks, BatchNorms, sites around other sites, shared rows, sequences that come first."""
+    model, data = backbones.build(family), backbones.images(family)
+    conversion = msa2conv.convert(model, 0.9, data=data, example_inputs=data[:1], progress=False)
+    stages = ["local", {"kind": "distill", "hidden": 0.5, "anneal": 0.5}]
+    after = finetune(conversion, data, data, stages=stages, batch_size=4, progress=False)
+    assert after.report.training is not None and after.report.training.metric == "distance"
+    assert all(
+        0 < line["hidden"] < 1 for line in after.report.training.curve if line["stage"] == "distill" and "loss" in line
+    )
+    assert count_flops(after.model, data[:1]) == after.plan.flops
+
+
+def test_hidden_states_that_do_not_agree_are_said_aloud() -> None:
+    other = vit(embed_dim=24)
+    result = tuned(teacher=other, stages=[Stage(kind="distill", hidden=1.0)], max_steps=1)
+    assert result.report.training is not None
+    assert result.report.training.warnings == ["no hidden states were taught: none agree in shape"]
 
 
 def test_another_teacher_with_the_same_classes() -> None:
