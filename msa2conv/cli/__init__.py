@@ -14,7 +14,8 @@ from torch import nn
 from .. import api
 from ..adapters.build import create, preprocessing
 from ..cost import count_flops
-from ..data import image_folder
+from ..data import image_folder, transform
+from ..data.sources import images_at
 from ..errors import InvalidOutputPath
 from ..evaluate import Accuracy, evaluate, latency
 from ..files import check_writable
@@ -84,7 +85,7 @@ def convert(
     model = named(name, pretrained and checkpoint is None, checkpoint, num_classes)
     prepared = preprocessing(model) or Preprocessing()
     size = api.inspect(model).input_size
-    data = None if images is None else image_folder(images, size, prepared)
+    data = None if images is None else images_at(images, transform(size, prepared))
     levers = tuple(item.value for item in lever) if lever else ("mixer", "ffn")
     calibrating = output / "calibrating"
     try:

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InvalidArgument, InvalidCalibrationData, NonFiniteValue
+from ..errors import InvalidCalibrationData, NonFiniteValue
 from ..plan import Preprocessing
+from .sources import images_at
 
 FEWEST, COMFORTABLE = 8, 64
 EMBEDDED = "224 CC0 photos of clothing shipped with msa2conv"
@@ -130,12 +131,5 @@ def embedded_photos(size: tuple[int, ...], preprocessing: Preprocessing) -> Tens
 
 
 def image_folder(root: str | Path, size: tuple[int, ...], preprocessing: Preprocessing) -> Any:
-    """torchvision's ImageFolder (one subfolder a class, in alphabetical order) with the model's own transform."""
-    from torchvision.datasets import ImageFolder
-
-    try:
-        return ImageFolder(str(root), transform(size, preprocessing))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise InvalidArgument(
-            str(root), f"no images ({error})", "a folder with one subfolder of images per class", "Check the path."
-        ) from error
+    """Labelled images by a path, as `images_at` reads them, with the model's own transform for evaluation."""
+    return images_at(root, transform(size, preprocessing), "val")
