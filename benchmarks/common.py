@@ -8,7 +8,7 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -57,11 +57,19 @@ def peak_gib() -> float:
     return round(peak * (1 if sys.platform == "darwin" else 1024) / 2**30, 2)
 
 
-def write(name: str, command: str, seed: int, rows: Sequence[dict[str, Any]], note: str, key: str = "") -> None:
+def write(
+    name: str,
+    command: str,
+    seed: int,
+    rows: Sequence[dict[str, Any]],
+    note: str,
+    key: str = "",
+    order: Callable[[dict[str, Any]], Any] | None = None,
+) -> None:
     """Write results/<name>.json; `python -m benchmarks.table` makes the tables.
 
     With `key`, rows of an earlier run on the same device with the same seed and versions are kept unless their value of
-    that key is measured anew: long sweeps can then be run in parts.
+    that key is measured anew: long sweeps can then be run in parts. `order` sorts the rows.
     """
     about = {
         "command": command,
@@ -75,5 +83,6 @@ def write(name: str, command: str, seed: int, rows: Sequence[dict[str, Any]], no
         before = json.loads(path.read_text())
         if all(before[part] == about[part] for part in ("seed", "device", "versions")):
             kept = [row for row in before["rows"] if row[key] not in {row[key] for row in rows}]
-    write_json(path, {**about, "rows": [*kept, *rows]})
+    merged = [*kept, *rows]
+    write_json(path, {**about, "rows": sorted(merged, key=order) if order else merged})
     print(json.dumps(about, indent=2), "\nnow: python -m benchmarks.table")
