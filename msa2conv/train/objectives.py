@@ -47,7 +47,7 @@ class Local(nn.Module):
     def _lesson(self, images: Tensor) -> dict[str, tuple[tuple[Any, ...], Mapping[str, Any], Tensor]]:
         (teacher,) = self._teacher
         with overheard(teacher.model, self.paths) as heard:
-            teacher.run(images)
+            teacher.run(images, exact=True)
         return heard
 
 

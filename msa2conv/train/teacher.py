@@ -65,13 +65,13 @@ class Teacher:
         return tensor_of(self.run(images), self.output_fn).float()
 
     @torch.no_grad()
-    def run(self, images: Tensor) -> Any:
-        """Its output, as it is."""
+    def run(self, images: Tensor, exact: bool = False) -> Any:
+        """Its output, as it is; `exact`: in float32 in any case, for those who see its activations."""
         if self._change is not None:
             images = images * self._change[0] + self._change[1]
         if self.size is not None and tuple(images.shape[-2:]) != self.size:
             images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.half):
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.half and not exact):
             return self.model(images)
 
 

@@ -167,6 +167,21 @@ def test_a_teacher_gets_the_images_it_was_trained_for() -> None:
     assert Teacher(vit(), CPU, size=(32, 32))(torch.rand(2, 3, 48, 48)).shape == (2, 10)
 
 
+def test_a_teacher_in_half_precision() -> None:
+    """As on a GPU: its outputs and hidden states are compared in float32; what a site is taught is exact."""
+    half, exact = teacher(), teacher()
+    half.half = True
+    assert half.run(IMAGES).dtype == torch.bfloat16 and half(IMAGES).dtype == torch.float32
+    local = [
+        float(Local(student(), each, ["blocks.0.attn"], IMAGES)(IMAGES)["loss"].detach()) for each in (half, exact)
+    ]
+    assert local[0] == local[1] > 0
+    found = [losses({"hidden": 1.0}, teacher=each, taps=["blocks.0"]) for each in (half, exact)]
+    assert found[0] == pytest.approx(found[1], rel=0.05) and found[0] != found[1]
+    with torch.autocast("cpu", torch.bfloat16):  # as a student that trains in mixed precision
+        assert torch.isfinite(Local(student(), half, ["blocks.0.attn"], IMAGES)(IMAGES)["loss"])
+
+
 def test_a_teacher_is_a_copy_and_has_no_gradients() -> None:
     model = vit()
     model.train()
