@@ -24,14 +24,17 @@ def default_measure(model: nn.Module, output: Tensor) -> Measure:
 
 def distance(reference: Tensor, output: Tensor, measure: Measure) -> float:
     """Mean over images: KL(softmax(reference) || softmax(output)) (nats) or |output - reference|^2 / |reference|^2."""
-    reference, output = reference.double(), output.double()
-    if measure == "kl":
-        p, q = F.log_softmax(reference, -1), F.log_softmax(output, -1)
-        each = (p.exp() * (p - q)).sum(-1)
-    else:
-        each = (output - reference).flatten(1).square().sum(1) / reference.flatten(1).square().sum(1).clamp_min(1e-12)
+    each = distances(reference.double(), output.double(), measure)
     value = float(each.mean())
     return value if torch.isfinite(each).all() else float("inf")
+
+
+def distances(reference: Tensor, output: Tensor, measure: Measure) -> Tensor:
+    """The same of every image, in the dtype given."""
+    if measure == "kl":
+        p, q = F.log_softmax(reference, -1), F.log_softmax(output, -1)
+        return (p.exp() * (p - q)).sum(-1)
+    return (output - reference).flatten(1).square().sum(1) / reference.flatten(1).square().sum(1).clamp_min(1e-12)
 
 
 @torch.no_grad()

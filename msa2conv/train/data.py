@@ -18,7 +18,6 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     Sampler,
-    SequentialSampler,
     TensorDataset,
     default_collate,
 )
@@ -287,10 +286,8 @@ def _takes_apart(loader: DataLoader[Any]) -> bool:
             "train", "a DataLoader with a DistributedSampler", "the dataset, or a DataLoader that gives every process "
             "the same batches", "Leave the sampler out: the loop shares every batch among the processes.",
         )  # fmt: skip
-    plain = isinstance(loader.sampler, (RandomSampler, SequentialSampler)) and loader.batch_size is not None
-    replaced = isinstance(loader.sampler, RandomSampler) and loader.sampler.replacement
-    shuffled = isinstance(loader.sampler, RandomSampler)
-    return plain and shuffled and not replaced and _is_indexed(loader.dataset)
+    shuffled = isinstance(loader.sampler, RandomSampler) and not loader.sampler.replacement
+    return shuffled and loader.batch_size is not None and _is_indexed(loader.dataset)
 
 
 def _is_indexed(data: Any) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import NonFiniteValue
 from ..progress import track
-from ..search.measure import Measure, OutputFn, distance, outputs, tensor_of
+from ..search.measure import Measure, OutputFn, distance, distances, outputs, tensor_of
 
 BATCH = 32
 
@@ -147,5 +147,4 @@ def augment(images_BCHW: Tensor, generator: torch.Generator) -> Tensor:
 def _loss(reference: Tensor, output: Tensor, measure: Measure) -> Tensor:
     if measure == "kl":
         return F.kl_div(F.log_softmax(output, -1), F.log_softmax(reference, -1), reduction="batchmean", log_target=True)
-    error = (output - reference).flatten(1).square().sum(1) / reference.flatten(1).square().sum(1).clamp_min(1e-12)
-    return error.mean()
+    return distances(reference, output, "relative").mean()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InvalidTrainingData
-from ..search.measure import Measure, OutputFn, first_tensor, tensor_of
+from ..search.measure import Measure, OutputFn, distances, first_tensor, tensor_of
 from .stages import Stage
 from .teacher import Teacher, overheard, tapped
 
@@ -110,8 +110,7 @@ class Imitate(nn.Module):
 
     def _taught(self, output: Tensor, reference: Tensor) -> Tensor:
         if self.measure == "relative":
-            error = (output - reference).flatten(1).square().sum(1)
-            return (error / reference.flatten(1).square().sum(1).clamp_min(1e-12)).mean()
+            return distances(reference, output, "relative").mean()
         if self.stage.hard:
             return F.cross_entropy(output, reference.argmax(1))
         warm = self.stage.temperature

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from ..errors import InvalidTrainingData
 from ..progress import track
-from ..search.measure import Measure, OutputFn, first_tensor, tensor_of
+from ..search.measure import Measure, OutputFn, distances, first_tensor, tensor_of
 from .data import length, split
 from .objectives import checked
 from .teacher import Teacher
@@ -109,11 +109,5 @@ class Validation:
             return torch.tensor([float(loss), right, len(images)], dtype=torch.float64)
         assert self.teacher is not None
         found, reference = tensor_of(output, self.output_fn).double(), self.teacher(images).double()
-        if self.measure == "kl":
-            p, q = F.log_softmax(reference, -1), F.log_softmax(found, -1)
-            each = (p.exp() * (p - q)).sum(-1)
-        else:
-            each = (found - reference).flatten(1).square().sum(1) / reference.flatten(1).square().sum(1).clamp_min(
-                1e-12
-            )
+        each = distances(reference, found, self.measure)
         return torch.tensor([float(each.sum()), 0.0, len(images)], dtype=torch.float64)
