@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .inspection import discover as discover, inspect as inspect
     from .laws import verify as verify
     from .layouts import Layout as Layout
-    from .levers import FFN as FFN, Mixer as Mixer
+    from .levers import FFN as FFN, MergeInSite as MergeInSite, Mixer as Mixer, ThinAttention as ThinAttention
     from .options import Option as Option
     from .plan import Plan as Plan
     from .search.calibrate import Calibration as Calibration
@@ -52,7 +52,9 @@ _WHERE = {
     "FFN": "levers",
     "FFNSite": "sites",
     "Layout": "layouts",
+    "MergeInSite": "levers",
     "Mixer": "levers",
+    "ThinAttention": "levers",
     "Gates": "search.gates",
     "Option": "options",
     "Plan": "plan",

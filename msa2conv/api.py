@@ -39,7 +39,7 @@ def calibrate(
     *,
     images: int = CALIBRATION_IMAGES,
     example_inputs: Tensor | None = None,
-    levers: Levers = ("mixer", "ffn"),
+    levers: Levers | None = None,
     adapters: Iterable[Adapter] | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -120,7 +120,7 @@ def convert(
     *,
     data: Any = None,
     example_inputs: Tensor | None = None,
-    levers: Levers = ("mixer", "ffn"),
+    levers: Levers | None = None,
     calibration: Calibration | None = None,
     adapters: Iterable[Adapter] | None = None,
     images: int = CALIBRATION_IMAGES,
@@ -150,7 +150,9 @@ def convert(
             that start with one, a Dataset, a DataLoader or a tensor. None: photos shipped with msa2conv; your own
             images give a better hybrid.
         example_inputs: a float tensor [B, C, H, W]; by default of the size the model declares.
-        levers: what may change: names or configured levers (`Mixer(...)`, `FFN(...)`).
+        levers: what may change: names ("mixer", "ffn", "merge_in_site", "thin_attention") or configured levers
+            (`Mixer(...)`, `FFN(...)`, `MergeInSite(...)`, `ThinAttention(...)`); None: all that the search knows and
+            that keep the token grid; "all": every one.
         calibration: a `Calibration` of this model: a budget then takes seconds, and `data` only serves distillation.
         adapters: who looks for sites.
         images: how many calibration images to read at most.
@@ -214,7 +216,7 @@ def convert(
 
     plan, tensors = make_plan(original, seen, choice.choices)
     hybrid = apply(plan, work, tensors)
-    laws = verify(work, hybrid, plan, choice.choices, seen.claims, seen.costs, calibration.images[:2], target)
+    laws = verify(work, hybrid, plan, choice.choices, seen.claims, seen.costs, calibration.images, target)
     before = after = outputs(hybrid, calibration.images, output_fn=output_fn)
     if distill_steps:
         if pictures is None:

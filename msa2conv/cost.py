@@ -10,7 +10,8 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cache
 from math import prod
 from typing import Any
@@ -23,6 +24,7 @@ from .ops import IO, MixerSpec, TokenMixer
 from .sites import AttentionSite, FFNSite, Observation, Site
 from .transforms.apply import apply_edits
 from .transforms.lift import lift
+from .transforms.mergeable import Called
 
 # Element-wise, softmax, activations, indexing, data movement: 0 by definition, listed so that anything else raises.
 _ZERO_NAMES = """
@@ -202,6 +204,9 @@ def _encoder_layer_flops(inputs: Values, outputs: Values) -> int:
     return attention + feed_forward + 2 * 5 * batch * n * embed
 
 
+Samples = tuple[tuple[int, int], ...]
+
+
 @dataclass(frozen=True)
 class CostModel:
     """What every site costs, measured once; additive, so a plan's cost is `rest` plus the sum of its options.
@@ -211,12 +216,15 @@ class CostModel:
         hosts: {site path: multiply-adds of the attention there, or of all hidden units of the FFN}.
         units: {FFN site path: multiply-adds of one hidden unit}.
         shapes: {site path: shape of its input at batch 1}.
+        samples: {site path: ((tokens, multiply-adds of the module there on so many), ...)} of sites that can run on
+            fewer tokens: three points of a polynomial of degree two.
     """
 
     base: int
     hosts: dict[str, int]
     units: dict[str, int]
     shapes: dict[str, tuple[int, ...]]
+    samples: dict[str, Samples] = field(default_factory=dict)
 
     @property
     def rest(self) -> int:
@@ -241,17 +249,78 @@ class CostModel:
             shapes[site.path] = call.x
         units = {site.path: counts[site.path] - narrowed[site.path] for site in ffns}
         hosts = {s.path: s.hidden * units[s.path] if isinstance(s, FFNSite) else counts[s.path] for s in sites}
-        return cls(counts[""], hosts, units, shapes)
+        return cls(counts[""], hosts, units, shapes, _samples(model, seen, sites))
 
-    def mixer(self, site: AttentionSite, spec: MixerSpec) -> int:
-        """Multiply-adds of a mixer at a site."""
-        return _mixer_flops(spec, site.io, self.shapes[site.path])
+    def mixer(self, site: AttentionSite, spec: MixerSpec, tokens: int | None = None) -> int:
+        """Multiply-adds of a mixer at a site, on so many tokens (prefix tokens included), or on all."""
+        shape = self.shapes[site.path]
+        if tokens is not None:
+            assert site.merging is not None
+            shape = tuple(site.merging.input(shape, tokens).shape)
+        return _mixer_flops(spec, site.io, shape)
 
     def ffn(self, site: FFNSite, kept: int) -> int:
         """Multiply-adds of `kept` hidden units of an FFN."""
         return kept * self.units[site.path]
 
+    def on(self, site: Site, tokens: int, saved: int = 0) -> int:
+        """Multiply-adds of a site whose host sees so many tokens, on the account of `hosts`.
+
+        Args:
+            site: one that can run on fewer tokens.
+            tokens: how many, prefix tokens included.
+            saved: hidden units that an FFN has lost.
+        """
+        assert site.merging is not None
+        samples, all_tokens = self.samples[site.path], site.merging.tokens(site.merging.count)
+        found = self.hosts[site.path] + _at(samples, tokens) - _at(samples, all_tokens)
+        if saved:
+            found -= _whole(Fraction(saved * self.units[site.path] * tokens, all_tokens))
+        return found
+
+    def merge(self, site: Site, keep: int) -> int:
+        """Multiply-adds of comparing the tokens of a site until `keep` patches of a group are left."""
+        assert site.merging is not None
+        shape = self.shapes[site.path]
+        channels = shape[1] if site.merging.arrangement == "b c h w" else shape[-1]
+        sequences = shape[1] if site.merging.arrangement == "n b c" else shape[0]
+        return site.merging.spec(keep).flops * channels * sequences
+
 
 @cache  # blocks are alike
 def _mixer_flops(spec: MixerSpec, io: IO, shape: tuple[int, ...]) -> int:
     return 0 if spec.kind in ("skip", "identity") else flops_by_module(spec.build(io), torch.zeros(shape))[""]
+
+
+def _samples(model: nn.Module, seen: Observation, sites: Iterable[Site]) -> dict[str, Samples]:
+    known: dict[Any, Samples] = {}
+    found = {}
+    for site in sites:
+        call = seen.once(site.path)
+        if site.merging is None or call is None or call.x is None:
+            continue
+        module = model.get_submodule(site.path)
+        key = (repr(module), call.x, repr(call.arguments), site.merging)
+        if key not in known:
+            called = Called(module, call.arguments)
+            tokens = site.merging.tokens(site.merging.count)
+            known[key] = tuple(
+                (count, flops_by_module(called, site.merging.input(call.x, count).to(seen.inputs))[""])
+                for count in (tokens, tokens - 1, tokens - 2)
+            )
+        found[site.path] = known[key]
+    return found
+
+
+def _at(samples: Samples, tokens: int) -> int:
+    """The polynomial through the samples, exactly (Lagrange)."""
+    value = Fraction(0)
+    for here, flops in samples:
+        others = [there for there, _ in samples if there != here]
+        value += flops * Fraction(prod(tokens - there for there in others), prod(here - there for there in others))
+    return _whole(value)
+
+
+def _whole(value: Fraction) -> int:
+    assert value.denominator == 1, "multiply-adds are whole numbers"
+    return int(value)

@@ -16,7 +16,7 @@ from .conversion import Conversion, decided_report
 from .errors import ArchitectureMismatch, InvalidArgument, NonFiniteValue, SearchNotRun
 from .inspection import Inspection, Levers, inspect_copy
 from .laws import LIFTING, LOWERING, check_costs, check_same
-from .levers import FFN, Lever, Mixer, resolve_levers
+from .levers import BY_GATES, FFN, Lever, Mixer, resolve_levers
 from .options import Option
 from .plan import Plan, Slice
 from .planning import make_plan
@@ -38,7 +38,7 @@ def prepare(
     *,
     steps: int | None = None,
     gates: Gates | None = None,
-    levers: Levers = ("mixer", "ffn"),
+    levers: Levers | None = None,
     example_inputs: Tensor | None = None,
     adapters: Iterable[Adapter] | None = None,
     costs: GateCosts | Callable[[nn.Module, Claims], GateCosts] | None = None,
@@ -53,7 +53,8 @@ def prepare(
         flops_target: as for `convert`.
         steps: how many optimiser steps the search will take. The budget then falls gradually; without it, at once.
         gates: how the search works.
-        levers: "mixer" gates attentions, "ffn" hidden units; `FFN(round_to=..., min_keep=...)` bounds the final widths.
+        levers: "mixer" gates attentions, "ffn" hidden units; by default both. `FFN(round_to=..., min_keep=...)` bounds
+            the final widths.
         example_inputs, adapters: as for `convert`.
         costs: what gates cost, where it is not the project's own counter: figures, or a function of (model, claims)
             such as `msa2conv.spvit.paper_costs`.
@@ -79,7 +80,7 @@ def prepare(
         raise InvalidArgument("gates", repr(gates), "Gates(...)", "For example gates=Gates(sampling='annealed').")
     parse_target(flops_target)
     original = unwrap(model)
-    chosen = resolve_levers(levers)
+    chosen = resolve_levers(levers, BY_GATES, BY_GATES)
     work = working_copy(original)
     seen = inspect_copy(work, original, example_input(work, example_inputs), chosen, adapters)
     if callable(costs):
@@ -130,7 +131,7 @@ class Search:
         costs = self._seen.costs
         saved = sum(costs.hosts[path] for path in self.mixers)
         for path, site in self.ffns.items():
-            saved += costs.hosts[path] - (self._ffn or FFN()).cheapest(site, costs)
+            saved += costs.hosts[path] - (self._ffn or FFN()).cheapest(site, costs).flops
         return costs.base - saved
 
     def _lift(self, work: nn.Module) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from .adapters.base import Adapter, find_sites
 from .adapters.discovery import Discovery, propose
 from .cost import CostModel
-from .levers import Lever, resolve_levers
+from .levers import Lever, floor, resolve_levers
 from .plan import parameter_count
 from .report.inspection import Inspection
 from .sites import observe
+from .transforms.mergeable import with_merging
 from .workbench import example_input, own_randomness, unwrap, working_copy
 
 Levers = str | Lever | Iterable[str | Lever]
@@ -23,7 +25,7 @@ def inspect(
     model: nn.Module,
     *,
     example_inputs: Tensor | None = None,
-    levers: Levers = ("mixer", "ffn"),
+    levers: Levers | None = None,
     adapters: Iterable[Adapter] | None = None,
 ) -> Inspection:
     """Show every attention found, its geometry, where the FLOPs are, and what budget can be reached. Changes nothing.
@@ -77,12 +79,12 @@ def inspect_copy(
     """`inspect` on a working copy that the caller has made."""
     seen = observe(work, example)
     claims = find_sites(work, seen, adapters)
+    sites, unmerged = with_merging(work, claims.sites, seen)
+    claims = replace(claims, sites=sites)
     costs = CostModel.measure(work, seen, claims.sites)
-    floor = costs.base
-    for site in claims.sites:
-        cheapest = [lever.cheapest(site, costs) for lever in levers if lever.applies(site)]
-        floor -= costs.hosts[site.path] - min([*cheapest, costs.hosts[site.path]])
-    return Inspection(_name(original), claims, costs, floor, tuple(example.shape[1:]), parameter_count(original))
+    lowest = floor(claims.sites, costs, levers)
+    size, count = tuple(example.shape[1:]), parameter_count(original)
+    return Inspection(_name(original), claims, costs, lowest, size, count, unmerged)
 
 
 def _name(model: nn.Module) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .cost import CostModel, count_flops
 from .errors import LawViolation
+from .merging import Merged
 from .options import Option
 from .plan import Plan
 from .search.measure import tensors_of
@@ -38,7 +39,7 @@ def verify(
         hybrid: `apply(plan, model, tensors)`.
         plan, choices: what was decided.
         claims, costs: the sites, and what they cost.
-        images: a few images [n, C, H, W].
+        images: images [n, C, H, W], of which the two are taken whose merges are decided most clearly.
         target: multiply-adds allowed.
 
     Returns:
@@ -47,12 +48,57 @@ def verify(
     Raises:
         LawViolation: names the law and both values.
     """
-    images = images.to(next(model.parameters()).device)
+    images = surest(hybrid, images.to(next(model.parameters()).device), 2)
     net = lift(model, claims.sites)
     lifted = check_same(LIFTING, net.model(images), model(images))
     with net.pinned(net.branches(choices)) as pinned:
         lowered = check_same(LOWERING, hybrid(images), pinned(images))
     return {"lifting": lifted, "lowering": lowered, **check_costs(hybrid, plan, choices, costs, images[:1], target)}
+
+
+def decision_margins(model: nn.Module, images: Tensor) -> Tensor:
+    """How clearly each image's merges are decided: the smallest gap between a score and the next best.
+
+    Merging is discontinuous at ties: where the gap is not far above rounding, two exact ways to compute the same may
+    merge other tokens. Infinite where nothing merges.
+
+    Args:
+        model: a hybrid.
+        images: [n, C, H, W].
+
+    Returns:
+        Gaps of cosines [n].
+    """
+    merged = [module for module in model.modules() if isinstance(module, Merged)]
+    smallest_N = torch.full((len(images),), torch.inf, device=images.device)
+
+    def watch(best_BA: Tensor, scores_BAD: Tensor, going: int) -> None:
+        ranked_BA = best_BA.sort(-1, descending=True).values
+        goes_BA = best_BA >= ranked_BA[:, going - 1 : going]
+        gaps = [torch.full_like(best_BA[:, :1], torch.inf)]
+        if going < best_BA.shape[1]:
+            gaps.append(ranked_BA[:, going - 1 : going] - ranked_BA[:, going : going + 1])
+        if scores_BAD.shape[2] > 1:
+            first_BA, second_BA = scores_BAD.topk(2, -1).values.unbind(-1)
+            gaps.append(torch.where(goes_BA, first_BA - second_BA, torch.inf))
+        found_N = torch.cat(gaps, 1).reshape(len(images), -1).amin(1)
+        smallest_N.copy_(torch.minimum(smallest_N, found_N))
+
+    for module in merged:
+        module.watch = watch
+    try:
+        if merged:
+            with torch.no_grad():
+                model(images)
+    finally:
+        for module in merged:
+            module.watch = None
+    return smallest_N
+
+
+def surest(model: nn.Module, images: Tensor, count: int) -> Tensor:
+    """Those images whose merges are decided most clearly; the first ones where nothing merges."""
+    return images[decision_margins(model, images).argsort(descending=True, stable=True)[:count]]
 
 
 def check_same(law: str, found: Any, expected: Any) -> float:

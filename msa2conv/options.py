@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .plan import Edit
+from .plan import Edit, Wrap
 
 
 def no_tensors() -> Mapping[str, Tensor]:
@@ -24,6 +24,9 @@ class Option:
     edits: what `apply` does; empty for the host itself.
     tensors: called when the option is used: {state-dict name in the hybrid: fitted values}.
     score: what it costs in accuracy: KL of the logits (nats) or relative error of the features; None until measured.
+    flops_on: its multiply-adds on so many tokens, prefix tokens included, on the account of `flops`; None where it
+        cannot run on others than all.
+    inner: of an option that merges tokens: what runs on them.
     """
 
     site: str
@@ -32,3 +35,24 @@ class Option:
     edits: tuple[Edit, ...] = ()
     tensors: Callable[[], Mapping[str, Tensor]] = no_tensors
     score: float | None = None
+    flops_on: Callable[[int], int] | None = None
+    inner: Option | None = None
+
+    def merged(self, wrap: Wrap, flops: int, score: float | None) -> Option:
+        """The same on merged tokens.
+
+        Args:
+            wrap: the Edit that merges.
+            flops: of the comparisons and of this option on the tokens that are left.
+            score: what all of it costs in accuracy.
+        """
+
+        def tensors() -> dict[str, Tensor]:
+            path = f"{wrap.path}."
+            return {
+                f"{path}host.{name.removeprefix(path)}" if name.startswith(path) else name: value
+                for name, value in self.tensors().items()
+            }
+
+        name = f"{self.name}@{wrap.spec.keep * wrap.spec.groups}"
+        return Option(self.site, name, flops, (*self.edits, wrap), tensors, score, inner=self)

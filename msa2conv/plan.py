@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .errors import InvalidPlan, UnsupportedSchema
 from .kernels import SharedStart
+from .merging import Merge
 from .ops import IO, MixerSpec, Path
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -67,7 +68,16 @@ class SetAttr(_Data):
     value: int | float | tuple[int, ...]
 
 
-Edit = Annotated[Replace | Slice | SetAttr, Field(discriminator="kind")]
+class Wrap(_Data):
+    """Run the module at `path` on merged tokens; it stands at `path.host` afterwards."""
+
+    kind: Literal["wrap"] = "wrap"
+    path: Path
+    spec: Merge
+    io: IO
+
+
+Edit = Annotated[Replace | Slice | SetAttr | Wrap, Field(discriminator="kind")]
 
 
 def ranges(indices: list[int]) -> tuple[Range, ...]:
@@ -179,21 +189,29 @@ class Plan(_Data):
             f"{base.name}   {base.flops / 1e9:.2f} -> {self.flops / 1e9:.2f} GFLOPs ({ratio:.1%})"
             f"   {base.parameters / 1e6:.1f} -> {kept:.1f} M params"
         ]
-        mixers = [symbol(option) for option in self.choices.values() if "/" not in option]
-        widths = [_percent(option) for option in self.choices.values() if "/" in option]
-        columns = max(len(mixers), len(widths))
+        attentions = [option for option in self.choices.values() if "/" not in option]
+        ffns = [option for option in self.choices.values() if "/" in option]
+        rows = [("mixer", [symbol(option) for option in attentions], "")]
+        rows += [("tokens", [_tokens(option) for option in attentions], "")]
+        rows += [
+            ("ffn", [_percent(option) for option in ffns], " %"),
+            ("tokens", [_tokens(option) for option in ffns], ""),
+        ]
+        rows = [(name, cells, unit) for name, cells, unit in rows if any(cells)]
+        columns = max(len(attentions), len(ffns))
+        wide = max(4, *(len(cell) + 1 for _, cells, _ in rows for cell in cells))
         for start in range(0, columns, 12):
             stop = min(start + 12, columns)
             if start:
                 lines.append("")
-            lines.append("block " + "".join(f"{i:4d}" for i in range(start, stop)))
-            if mixers:
-                lines.append("mixer " + "".join(f"{s:>4}" for s in mixers[start:stop]))
-            if widths:
-                lines.append("ffn   " + "".join(f"{s:>4}" for s in widths[start:stop]) + " %")
-        used = dict.fromkeys(option for option in self.choices.values() if "/" not in option)
-        legend = "  ".join(f"{symbol(option)} {option}" for option in sorted(used, key=lambda o: _order(symbol(o))))
-        return "\n".join([*lines, "", legend + ("  % hidden units kept" if widths else "")])
+            lines.append("block " + "".join(f"{i:{wide}d}" for i in range(start, stop)))
+            for name, cells, unit in rows:
+                lines.append(f"{name:<6}" + "".join(f"{cell:>{wide}}" for cell in cells[start:stop]) + unit)
+        used = dict.fromkeys(_inner(option) for option in attentions)
+        legend = [f"{symbol(option)} {option}" for option in sorted(used, key=lambda o: _order(symbol(o)))]
+        legend += ["% hidden units kept"] if ffns else []
+        legend += ["tokens: patches that are left inside"] if any(name == "tokens" for name, _, _ in rows) else []
+        return "\n".join([*lines, "", "  ".join(legend)])
 
 
 class _VersionOnly(BaseModel):
@@ -206,12 +224,23 @@ def _order(sign: str) -> int:
 
 def symbol(option: str) -> str:
     """One or two characters for an option name: 'conv3x3' -> '3'."""
+    option = _inner(option)
     conv = re.match(r"conv(\d+)x", option)
     return conv[1] if conv else SYMBOLS.get(option, option[:2])
 
 
+def _inner(option: str) -> str:
+    """'attention@98' -> 'attention'."""
+    return option.partition("@")[0]
+
+
+def _tokens(option: str) -> str:
+    """'attention@98' -> '98'."""
+    return option.partition("@")[2]
+
+
 def _percent(width: str) -> str:
-    kept, total = width.split("/")
+    kept, total = _inner(width).split("/")
     return f"{100 * int(kept) / int(total):.0f}"
 
 

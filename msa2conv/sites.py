@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from .errors import InvalidInput, NonFiniteValue
 from .kernels import Rows as Rows
 from .layouts import Layout
-from .ops import IO
-from .plan import Edit, Range, SetAttr, Slice, ranges
+from .merging import Merge
+from .ops import IO, Arrangement, Sizes, arranged
+from .plan import Edit, Range, SetAttr, Slice, Wrap, ranges
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,47 @@ class Projections:
 
 
 @dataclass(frozen=True)
+class Merging:
+    """How the tokens of a site can be merged, as `transforms.mergeable` has tried out.
+
+    Args:
+        arrangement, prefix, groups, count, sizes: see `Merge`.
+        io: the host's calling convention, every positional argument by its name.
+    """
+
+    arrangement: Arrangement
+    prefix: int
+    groups: int
+    count: int
+    io: IO
+    sizes: Sizes | None = None
+
+    def tokens(self, keep: int) -> int:
+        """How many tokens there are with `keep` patches in a group."""
+        return self.prefix + self.groups * keep
+
+    def input(self, x: tuple[int, ...], tokens: int) -> Tensor:
+        """Zeros as the host takes them, like its input of shape `x` but with so many tokens."""
+        sequences = x[1] if self.arrangement == "n b c" else x[0]
+        channels = x[1] if self.arrangement == "b c h w" else x[-1]
+        return arranged(torch.zeros(sequences, tokens, channels), self.arrangement)
+
+    def spec(self, keep: int) -> Merge:
+        return Merge(
+            arrangement=self.arrangement,
+            prefix=self.prefix,
+            groups=self.groups,
+            count=self.count,
+            keep=keep,
+            sizes=self.sizes,
+        )
+
+    def wrap(self, path: str, keep: int) -> Wrap:
+        """The Edit that leaves `keep` patches of a group at the module at `path`."""
+        return Wrap(path=path, spec=self.spec(keep), io=self.io)
+
+
+@dataclass(frozen=True)
 class AttentionSite:
     """One self-attention over an image grid.
 
@@ -55,6 +97,7 @@ class AttentionSite:
         layout: how its tokens lie on the image.
         io: its calling convention.
         projections: names of its weights; None where they are not kept by heads in Linear layers.
+        merging: how its tokens can be merged; None where they cannot, or before that was tried.
     """
 
     path: str
@@ -65,6 +108,7 @@ class AttentionSite:
     layout: Layout
     io: IO
     projections: Projections | None = None
+    merging: Merging | None = None
 
 
 Unit = tuple[str, int] | tuple[str, int, int]
@@ -114,6 +158,7 @@ class FFNSite:
         layout: how its tokens lie on the image; tells prefix tokens from patches.
         output: path of the layer that reads the hidden units, relative to `path`; its weights are refitted.
         units: what hangs on the hidden units.
+        merging: as of an AttentionSite.
     """
 
     path: str
@@ -123,6 +168,7 @@ class FFNSite:
     layout: Layout
     output: str
     units: Units
+    merging: Merging | None = None
 
     @property
     def reader(self) -> str:

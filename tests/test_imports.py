@@ -16,9 +16,9 @@ ROOT = Path(msa2conv.__file__).parent
 # A module may import modules of a lower rank, and modules of its own rank. The longest matching prefix counts.
 RANKS = [
     ("errors", "progress"),
-    ("layouts",),
+    ("layouts", "standin"),
     ("ops",),
-    ("kernels",),
+    ("kernels", "merging"),
     ("plan", "files"),
     ("hub",),
     ("transforms.apply", "options", "targets"),

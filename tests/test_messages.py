@@ -425,10 +425,10 @@ def test_few_images_give_a_warning_and_a_stronger_ridge() -> None:
     [
         ({"levers": ()}, "levers: found []; expected at least one lever, each once. For example …('mixer', 'ffn')."),
         ({"levers": ("ffn", FFN())}, "levers: found ['ffn', 'ffn']; expected at least one lever, each once. …"),
-        ({"levers": "conv"}, "levers: found 'conv'; expected names out of ['ffn', 'mixer'] or 'all'. …"),
-        ({"levers": ("ffn", "heads")}, "levers: found 'heads'; expected names out of ['ffn', 'mixer'] or 'all'. …"),
+        ({"levers": "conv"}, "levers: found 'conv'; expected names out of ['ffn', 'merge_in_site', … or 'all'. …"),
+        ({"levers": ("ffn", "heads")}, "levers: found 'heads'; expected names out of ['ffn', … or 'all'. …"),
         ({"levers": (3,)}, "levers: found …; expected …. For example levers=('mixer', 'ffn')."),
-        ({"levers": None}, "levers: found None; expected …. For example levers=('mixer', 'ffn')."),
+        ({"levers": 3}, "levers: found 3; expected names or levers. For example levers=('mixer', 'ffn')."),
         ({"distill_steps": -1}, "distill_steps: found -1; expected an integer >= 0. 0 means no polish."),
         ({"distill_steps": 0.5}, "distill_steps: found 0.5; expected an integer >= 0. 0 means no polish."),
         ({"images": 3}, "images: found 3; expected at least 8. 256 is a good number."),
@@ -1008,7 +1008,7 @@ TWICE = {"kind": "slice", "path": "blocks.0.norm1.bias", "dim": 0}
             )
         ),
         (edit(**FORWARD), "blocks.0.forward", f"int for a missing attribute; expected an existing …. {PLAN_HINT}"),
-        (edit(kind="call", path="head"), None, f"input tag 'call' …'set' at edits.…; expected {DAMAGED_PLAN}"),
+        (edit(kind="call", path="head"), None, f"input tag 'call' …'wrap' at edits.…; expected {DAMAGED_PLAN}"),
         (
             lambda plan: plan.update(code="import os"),
             None,
@@ -1179,8 +1179,8 @@ def test_broken_guarantees(refused: Refused) -> None:
     model, result = vit(), converted()
     seen, data = msa2conv.inspect(model), images(2)
     chosen = {
-        record.site: next(option for option in record.options() if option.name == result.plan.choices[record.site])
-        for record in result.calibration.records
+        path: next(option for option in options if option.name == result.plan.choices[path])
+        for path, options in result.calibration.options().items()
     }
     hint = "This is a bug or a model that an adapter misreads: please report it with print(msa2conv.inspect(model))."
 

@@ -46,6 +46,8 @@ class Lever(str, Enum):
 
     mixer = "mixer"
     ffn = "ffn"
+    merge_in_site = "merge_in_site"
+    thin_attention = "thin_attention"
 
 
 @app.command()
@@ -86,7 +88,7 @@ def convert(
     prepared = preprocessing(model) or Preprocessing()
     size = api.inspect(model).input_size
     data = None if images is None else images_at(images, transform(size, prepared))
-    levers = tuple(item.value for item in lever) if lever else ("mixer", "ffn")
+    levers = tuple(item.value for item in lever) if lever else None
     calibrating = output / "calibrating"
     try:
         result = api.convert(

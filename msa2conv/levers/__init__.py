@@ -9,50 +9,91 @@ from torch import Tensor
 
 from ..cost import CostModel
 from ..errors import InvalidArgument
-from ..sites import AttentionSite, FFNSite, Site
-from .base import Lever, Record, Statistics
-from .ffn import FFN, FFNRecord
-from .mixer import Mixer, MixerRecord
+from ..sites import Site
+from .base import Lever, Record, Statistics, host_option
+from .ffn import FFN
+from .merge_in_site import MergeInSite
+from .mixer import Mixer
+from .thin_attention import ThinAttention
 
-_BY_NAME: dict[str, type[Mixer] | type[FFN]] = {"mixer": Mixer, "ffn": FFN}
+Configured = Mixer | FFN | MergeInSite | ThinAttention
+_BY_NAME: dict[str, type[Configured]] = {
+    "mixer": Mixer,
+    "ffn": FFN,
+    "merge_in_site": MergeInSite,
+    "thin_attention": ThinAttention,
+}
+DEFAULT = ("mixer", "ffn", "merge_in_site", "thin_attention")
+BY_GATES = ("mixer", "ffn")  # what the gate search can decide
+_EXAMPLE = "For example levers=('mixer', 'ffn')."
 
 
-def resolve_levers(levers: Any) -> tuple[Lever, ...]:
-    """Names or configured levers -> levers; "all" stands for every one. Raises InvalidArgument."""
-    wanted = list(_BY_NAME) if levers == "all" else [levers] if isinstance(levers, (str, Mixer, FFN)) else levers
+def resolve_levers(levers: Any, known: Iterable[str] = tuple(_BY_NAME), default: Any = DEFAULT) -> tuple[Lever, ...]:
+    """Names or configured levers -> levers.
+
+    Args:
+        levers: names, configured levers, or both; "all" stands for every one, None for the default.
+        known: names of those that can be had.
+        default: what None stands for.
+
+    Raises:
+        InvalidArgument.
+    """
+    known = list(known)
+    wanted = default if levers is None else known if levers == "all" else levers
+    if isinstance(wanted, (str, *_BY_NAME.values())):
+        wanted = [wanted]
     if not isinstance(wanted, Iterable):
-        raise InvalidArgument("levers", repr(levers), "names or levers", "For example levers=('mixer', 'ffn').")
+        raise InvalidArgument("levers", repr(levers), "names or levers", _EXAMPLE)
     resolved: list[Any] = []
     for lever in wanted:
         if isinstance(lever, str):
-            if lever not in _BY_NAME:
-                raise InvalidArgument(
-                    "levers",
-                    repr(lever),
-                    f"names out of {sorted(_BY_NAME)} or 'all'",
-                    "For example levers=('mixer', 'ffn').",
-                )
+            if lever not in known:
+                raise InvalidArgument("levers", repr(lever), f"names out of {sorted(known)} or 'all'", _EXAMPLE)
             lever = _BY_NAME[lever]()
-        elif not hasattr(lever, "statistics"):
-            raise InvalidArgument("levers", repr(lever), "a name or a lever", "For example levers=('mixer', 'ffn').")
+        elif not hasattr(lever, "statistics") or (lever.name not in known and lever.name in _BY_NAME):
+            raise InvalidArgument("levers", repr(lever), f"names out of {sorted(known)}, or a lever", _EXAMPLE)
         resolved.append(lever)
     names = [lever.name for lever in resolved]
     if not resolved or len(set(names)) < len(names):
-        raise InvalidArgument(
-            "levers", repr(names), "at least one lever, each once", "For example levers=('mixer', 'ffn')."
-        )
+        raise InvalidArgument("levers", repr(names), "at least one lever, each once", _EXAMPLE)
     return tuple(resolved)
+
+
+def floor(sites: Iterable[Site], costs: CostModel, levers: Iterable[Lever]) -> int:
+    """Multiply-adds below which the levers cannot go."""
+    levers, found = tuple(levers), costs.base
+    for site in sites:
+        able = [lever for lever in levers if lever.applies(site)]
+        cheapest = [host_option(site, costs), *(lever.cheapest(site, costs) for lever in able)]
+        cheapest += [more for one in cheapest for lever in able for more in lever.around(one, site, costs)]
+        found -= costs.hosts[site.path] - min(option.flops for option in cheapest)
+    return found
 
 
 def read_record(
     site: Site | None, costs: CostModel, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> Record | None:
     """What `Record.state()` described, at the site it was made for; None where site and lever do not go together."""
-    if isinstance(site, AttentionSite) and meta["lever"] == "mixer":
-        return MixerRecord.from_state(site, costs, meta, tensors)
-    if isinstance(site, FFNSite) and meta["lever"] == "ffn":
-        return FFNRecord.from_state(site, costs, meta, tensors)
-    return None
+    lever = _BY_NAME.get(meta["lever"])
+    if lever is None or site is None or not lever().applies(site):
+        return None
+    record: Record = lever.read(site, costs, meta, tensors)  # type: ignore[arg-type]
+    return record
 
 
-__all__ = ["FFN", "Lever", "Mixer", "Record", "Statistics", "read_record", "resolve_levers"]
+__all__ = [
+    "BY_GATES",
+    "DEFAULT",
+    "FFN",
+    "Lever",
+    "MergeInSite",
+    "Mixer",
+    "Record",
+    "Statistics",
+    "ThinAttention",
+    "floor",
+    "host_option",
+    "read_record",
+    "resolve_levers",
+]

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from ..cost import CostModel
 from ..options import Option
-from ..sites import Site
+from ..sites import FFNSite, Site
+
+
+def host_option(site: Site, costs: CostModel) -> Option:
+    """The option that leaves the site as it is."""
+    name = f"{site.hidden}/{site.hidden}" if isinstance(site, FFNSite) else "attention"
+    flops_on = None if site.merging is None else lambda tokens: costs.on(site, tokens)
+    return Option(site.path, name, costs.hosts[site.path], score=0.0, flops_on=flops_on)
+
+
+class Alone:
+    """A lever or a record that makes nothing of other options."""
+
+    def around(self, *_: object) -> list[Option]:
+        return []
 
 
 class Record(Protocol):
@@ -26,7 +40,11 @@ class Record(Protocol):
         ...
 
     def options(self) -> list[Option]:
-        """Every option, with interpolated scores where not every one was measured."""
+        """Every option, the host among them, with interpolated scores where not every one was measured."""
+        ...
+
+    def around(self, options: Sequence[Option]) -> list[Option]:
+        """What this lever makes of other options at the site, its own and other levers'; of most levers nothing."""
         ...
 
     def to_measure(self) -> list[Option]:
@@ -61,12 +79,14 @@ class Lever(Protocol):
 
     def applies(self, site: Site) -> bool: ...
 
-    def host_option(self, site: Site, costs: CostModel) -> Option:
-        """The option that leaves the site as it is."""
+    def cheapest(self, site: Site, costs: CostModel) -> Option:
+        """The cheapest option as far as it is known without fitting anything: no edits, no score."""
         ...
 
-    def cheapest(self, site: Site, costs: CostModel) -> int:
-        """Multiply-adds of the cheapest option, without fitting anything."""
+    def around(
+        self, option: Option, site: Site, costs: CostModel, scores: Mapping[str, float] | None = None
+    ) -> list[Option]:
+        """What this lever makes of an option at a site; of most levers nothing."""
         ...
 
     def memory(self, site: Site) -> int:

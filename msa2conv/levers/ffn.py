@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from ..cost import CostModel
 from ..options import Option
 from ..sites import FFNSite, Site
+from .base import Alone, host_option
 from .ridge import solve_ridge
 
 _SHORTLIST = 4  # units looked at one by one, as a multiple of those that go together
 MEASURED_FRACTIONS = (0.9, 0.8, 0.65, 0.5, 0.35, 0.2, 0.1)
 
 
-class FFN(BaseModel):
+class FFN(BaseModel, Alone):
     """How far feed-forward networks may be narrowed.
 
     Args:
@@ -46,16 +47,21 @@ class FFN(BaseModel):
     ridge: float = Field(default=1e-3, gt=0)
     weigh_prefix: bool = True
 
+    @staticmethod
+    def read(site: FFNSite, costs: CostModel, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> FFNRecord:
+        """What `Record.state()` described."""
+        scores = tuple((int(width), float(score)) for width, score in meta["scores"])
+        lever = FFN.model_validate(meta["config"])
+        return FFNRecord(
+            site, lever, costs, **tensors, has_bias=meta["has_bias"], is_conv=meta.get("is_conv", False), scores=scores
+        )
+
     def applies(self, site: Site) -> bool:
         return isinstance(site, FFNSite)
 
-    def host_option(self, site: Site, costs: CostModel) -> Option:
+    def cheapest(self, site: Site, costs: CostModel) -> Option:
         assert isinstance(site, FFNSite)
-        return Option(site.path, f"{site.hidden}/{site.hidden}", costs.hosts[site.path], score=0.0)
-
-    def cheapest(self, site: Site, costs: CostModel) -> int:
-        assert isinstance(site, FFNSite)
-        return costs.ffn(site, self.widths(site.hidden)[0])
+        return _narrowed(site, costs, self.widths(site.hidden)[0])
 
     def memory(self, site: Site) -> int:
         assert isinstance(site, FFNSite)
@@ -123,6 +129,13 @@ class FFNStatistics:
         )
 
 
+def _narrowed(site: FFNSite, costs: CostModel, width: int) -> Option:
+    """So many hidden units, without saying which."""
+    gone = site.hidden - width
+    flops_on = None if site.merging is None else lambda tokens: costs.on(site, tokens, gone)
+    return Option(site.path, f"{width}/{site.hidden}", costs.ffn(site, width), flops_on=flops_on)
+
+
 def _elimination_order(covariance_KK: Tensor, weight_OK: Tensor, lever: FFN) -> list[int]:
     """Units in the order in which they go, `round_to` at a time with the others refitted in between; survivors last."""
     hidden = len(covariance_KK)
@@ -162,7 +175,7 @@ def _one_by_one(inverse_SS: Tensor, weight_OS: Tensor, count: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class FFNRecord:
+class FFNRecord(Alone):
     """Everything needed to build an FFN of any allowed width."""
 
     at: FFNSite
@@ -193,15 +206,16 @@ class FFNRecord:
         host = self.at.hidden
         measured = sorted([*self.scores, (host, 0.0)])
         widths, scores = zip(*measured, strict=True)
-        result = [Option(self.site, f"{host}/{host}", self.costs.hosts[self.site], score=0.0)]
+        result = [host_option(self.at, self.costs)]
         for width in self.lever.widths(host)[:-1]:
             result.append(self._option(width, float(np.interp(width, widths, scores))))
         return result
 
     def _option(self, width: int, score: float | None) -> Option:
         kept = self.order[len(self.order) - width :].sort().values
-        name, flops = f"{width}/{self.at.hidden}", self.costs.ffn(self.at, width)
-        return Option(self.site, name, flops, self.at.edits(kept.tolist()), lambda: self._refit(kept), score)
+        edits = self.at.edits(kept.tolist())
+        bare = _narrowed(self.at, self.costs, width)
+        return replace(bare, edits=edits, tensors=lambda: self._refit(kept), score=score)
 
     def _refit(self, kept: Tensor) -> dict[str, Tensor]:
         """W' = W C[:, kept] (C[kept, kept] + ridge)^-1; the mean of what left goes into the bias."""
@@ -217,7 +231,9 @@ class FFNRecord:
         return tensors
 
     def with_scores(self, scores: Mapping[str, float]) -> FFNRecord:
-        return replace(self, scores=tuple(sorted((int(name.split("/")[0]), score) for name, score in scores.items())))
+        widths = {f"{width}/{self.at.hidden}": width for width in self._measured_widths()}
+        found = sorted((width, scores[name]) for name, width in widths.items() if name in scores)
+        return replace(self, scores=tuple(found))
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         meta: dict[str, Any] = {"lever": "ffn", "site": self.site, "config": self.lever.model_dump()}
@@ -225,13 +241,3 @@ class FFNRecord:
         meta["scores"] = [list(pair) for pair in self.scores]
         names = ("order", "covariance_KK", "mean_K", "weight_OK", "bias_O")
         return meta, {name: getattr(self, name) for name in names}
-
-    @classmethod
-    def from_state(
-        cls, site: FFNSite, costs: CostModel, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]
-    ) -> FFNRecord:
-        scores = tuple((int(width), float(score)) for width, score in meta["scores"])
-        lever = FFN.model_validate(meta["config"])
-        return cls(
-            site, lever, costs, **tensors, has_bias=meta["has_bias"], is_conv=meta.get("is_conv", False), scores=scores
-        )

@@ -20,14 +20,14 @@ from ..ops import AttendPrefix, Constant, Conv, Global, MixerSpec, Prefix, Prefi
 from ..options import Option
 from ..plan import Replace
 from ..sites import AttentionSite, Site
+from .base import Alone, host_option
 from .ridge import reduce_rank, ridge_by_leave_one_out, solve_ridge
 
 _CONV = re.compile(r"conv([13579])x\1")
 _SPEC: TypeAdapter[MixerSpec] = TypeAdapter(MixerSpec)
-HOST_NAME = "attention"
 
 
-class Mixer(BaseModel):
+class Mixer(BaseModel, Alone):
     """What may stand in the place of an attention.
 
     Args:
@@ -59,18 +59,32 @@ class Mixer(BaseModel):
                 raise ValueError(f"unknown op {op!r}: use skip, constant, global, conv1x1, conv3x3, conv5x5, ...")
         return ops
 
+    @staticmethod
+    def read(
+        site: AttentionSite, costs: CostModel, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> MixerRecord:
+        """What `Record.state()` described."""
+        candidates = tuple(
+            Candidate(
+                item["op"],
+                item["flops"],
+                _SPEC.validate_python(item["spec"], strict=False),
+                {key.split("|", 1)[1]: value for key, value in tensors.items() if key.split("|", 1)[0] == item["op"]},
+                item["score"],
+            )
+            for item in meta["candidates"]
+        )
+        return MixerRecord(site, costs, candidates)
+
     def applies(self, site: Site) -> bool:
         return isinstance(site, AttentionSite)
 
-    def host_option(self, site: Site, costs: CostModel) -> Option:
-        return Option(site.path, HOST_NAME, costs.hosts[site.path], score=0.0)
-
-    def cheapest(self, site: Site, costs: CostModel) -> int:
+    def cheapest(self, site: Site, costs: CostModel) -> Option:
         assert isinstance(site, AttentionSite)
         # what calibration will offer at most: the dearer of the two prefixes, with context
         prefixes = [None, _attend(site)] if self.prefix == "attend" and _is_plain(site) else [None]
         flops = [max(costs.mixer(site, self.spec(op, site, prefix)) for prefix in prefixes) for op in self.ops]
-        return min([*flops, costs.hosts[site.path]])
+        return Option(site.path, "cheapest", min([*flops, costs.hosts[site.path]]))
 
     def memory(self, site: Site) -> int:
         assert isinstance(site, AttentionSite)
@@ -158,7 +172,7 @@ class MixerStatistics:
             flops = costs.mixer(self.site, spec)
             if flops < costs.hosts[self.site.path]:
                 candidates.append(Candidate(op, flops, spec, tensors))
-        return MixerRecord(self.site, costs.hosts[self.site.path], tuple(candidates))
+        return MixerRecord(self.site, costs, tuple(candidates))
 
     def _prefix_spec(self) -> Prefix | None:
         if not self.site.layout.prefix:
@@ -299,11 +313,11 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class MixerRecord:
+class MixerRecord(Alone):
     """The fitted candidates of one attention site."""
 
     at: AttentionSite
-    host_flops: int
+    costs: CostModel
     candidates: tuple[Candidate, ...]
 
     @property
@@ -311,7 +325,7 @@ class MixerRecord:
         return self.at.path
 
     def options(self) -> list[Option]:
-        return [Option(self.site, HOST_NAME, self.host_flops, score=0.0), *self.to_measure()]
+        return [host_option(self.at, self.costs), *self.to_measure()]
 
     def to_measure(self) -> list[Option]:
         return [self._option(candidate) for candidate in self.candidates]
@@ -333,22 +347,6 @@ class MixerRecord:
         ]
         tensors = {f"{c.op}|{name}": value for c in self.candidates for name, value in c.tensors.items()}
         return {"lever": "mixer", "site": self.site, "candidates": described}, tensors
-
-    @classmethod
-    def from_state(
-        cls, site: AttentionSite, costs: CostModel, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]
-    ) -> MixerRecord:
-        candidates = tuple(
-            Candidate(
-                item["op"],
-                item["flops"],
-                _SPEC.validate_python(item["spec"], strict=False),
-                {key.split("|", 1)[1]: value for key, value in tensors.items() if key.split("|", 1)[0] == item["op"]},
-                item["score"],
-            )
-            for item in meta["candidates"]
-        )
-        return cls(site, costs.hosts[site.path], candidates)
 
 
 __all__ = ["Candidate", "Mixer", "MixerRecord", "MixerStatistics"]

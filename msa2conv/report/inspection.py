@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from ..cost import CostModel
 from ..layouts import APART
-from ..sites import AttentionSite, Claims, FFNSite, listed
+from ..sites import AttentionSite, Claims, FFNSite, Refusal, listed
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Inspection:
         floor: multiply-adds below which the allowed levers cannot go; the ceiling is `costs.base`.
         input_size: (C, H, W).
         parameters: number of parameters.
+        unmerged: {site path: why its tokens cannot be merged}.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Inspection:
     floor: int
     input_size: tuple[int, ...]
     parameters: int
+    unmerged: Mapping[str, str] = field(default_factory=dict)
 
     def share(self, kind: type[AttentionSite] | type[FFNSite]) -> float:
         """Fraction of all multiply-adds spent in the sites of one kind."""
@@ -62,10 +65,19 @@ class Inspection:
                 lines.append(
                     f"{site.path:<{width}} {'ffn':<10} {flops:8.1f}  {site.dim} -> {site.hidden} -> {site.dim}"
                 )
+        lines += ["", *self._mergeable()]
         if self.claims.refusals:
             lines += ["", "left as they are:"]
             lines += [f"  {text}" for text in listed(self.claims.refusals)]
         return "\n".join(lines)
+
+    def _mergeable(self) -> list[str]:
+        able = [site for site in self.claims.sites if site.merging is not None]
+        attentions = sum(isinstance(site, AttentionSite) for site in able)
+        lines = [f"tokens can be merged in {attentions} attentions and {len(able) - attentions} FFNs"]
+        kinds = {site.path: "attention" if isinstance(site, AttentionSite) else "ffn" for site in self.claims.sites}
+        refused = [Refusal(path, kinds[path], reason) for path, reason in self.unmerged.items()]
+        return lines + [f"  not in {text}" for text in listed(refused)]
 
 
 def _geometry(site: AttentionSite) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..cost import CostModel
 from ..errors import ArchitectureMismatch, InvalidCheckpoint, NonFiniteValue, UnsupportedSchema
 from ..files import read_tensors, write_tensors
-from ..levers import Lever, Record, read_record
+from ..levers import Lever, Record, Statistics, read_record
 from ..options import Option
 from ..plan import fingerprint, weights_sha256
 from ..progress import track
@@ -40,7 +40,7 @@ class Calibration:
     Args:
         fingerprint, weights: identify the model it belongs to.
         costs: multiply-adds of every site.
-        records: fitted options and their scores, one record a site.
+        records: fitted options and their scores, one record for a lever at a site.
         images: held-out calibration images, for comparing whole plans.
         reference: the original's output on them.
         measure: "kl" or "relative".
@@ -64,12 +64,18 @@ class Calibration:
 
     def options(self) -> dict[str, list[Option]]:
         """{site path: its options, the host among them}; scores are measured or interpolated."""
-        return {record.site: record.options() for record in self.records}
+        found: dict[str, dict[str, Option]] = {}
+        for record in self.records:
+            found.setdefault(record.site, {}).update({option.name: option for option in record.options()})
+        alone = {path: list(options.values()) for path, options in found.items()}
+        for record in self.records:
+            found[record.site].update({option.name: option for option in record.around(alone[record.site])})
+        return {path: list(options.values()) for path, options in found.items()}
 
     @property
     def sites(self) -> tuple[Site, ...]:
         """Where its options are."""
-        return tuple(record.at for record in self.records)
+        return tuple({record.site: record.at for record in self.records}.values())
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write to one .safetensors file, atomically."""
@@ -84,6 +90,7 @@ class Calibration:
             "hosts": self.costs.hosts,
             "units": self.costs.units,
             "shapes": self.costs.shapes,
+            "samples": self.costs.samples,
         }
         about = {
             name: getattr(self, name)
@@ -114,6 +121,8 @@ class Calibration:
             raise UnsupportedSchema(str(path), "another version", f"version {FORMAT_VERSION}", "Calibrate again.")
         costs = about.pop("costs")
         costs["shapes"] = {site: tuple(shape) for site, shape in costs["shapes"].items()}
+        samples = {site: tuple(map(tuple, found)) for site, found in costs.get("samples", {}).items()}
+        costs["samples"] = samples
         model = CostModel(**costs)
         sites = {site.path: site for site in claims.sites}
         records: list[Record] = []
@@ -200,7 +209,7 @@ def calibrate_sites(
                 journal.prefix_weights[site.path] = _prefix_weight(net, replay, site, measure, seed)
                 journal.save_now_and_then()
         fitted = _fit(net, chosen, costs, torch.split(fitting, BATCH), ridge_factor, journal, progress)
-        jobs = [(site, option) for site, _ in chosen for option in fitted[site.path].to_measure()]
+        jobs = [(record.at, option) for record in fitted for option in record.to_measure()]
         for site, option in track(jobs, "score", progress):
             scores = journal.scores.setdefault(site.path, {})
             if option.name not in scores:
@@ -212,7 +221,7 @@ def calibrate_sites(
         fingerprint=fingerprint(model),
         weights=weights_sha256(model),
         costs=costs,
-        records=[fitted[site.path].with_scores(journal.scores.get(site.path, {})) for site, _ in chosen],
+        records=[record.with_scores(journal.scores.get(record.site, {})) for record in fitted],
         images=scoring,
         reference=replay.reference.cpu(),
         measure=measure,
@@ -231,24 +240,25 @@ def _fit(
     ridge_factor: float,
     journal: Journal,
     progress: bool,
-) -> dict[str, Record]:
-    """{site path: its fitted options}, read where an earlier run has fitted them."""
+) -> list[Record]:
+    """The fitted options of every lever at every site, read where an earlier run has fitted them."""
     device = next(net.model.parameters()).device
-    fitted = {site.path: record for site, _ in chosen if (record := journal.read(site, costs)) is not None}
-    for group in _groups([(site, lever) for site, lever in chosen if site.path not in fitted]):
-        statistics = {
-            site.path: lever.statistics(
-                site, net.nodes[site.path].host, journal.prefix_weights.get(site.path, 1.0), ridge_factor
-            )
-            for site, lever in group
-        }
+    keys = [(site.path, lever.name) for site, lever in chosen]
+    weights = {site.block: journal.prefix_weights[site.path] for site, _ in chosen if isinstance(site, FFNSite)}
+    fitted = {key: journal.read(site, key[1], costs) for key, (site, _) in zip(keys, chosen, strict=True)}
+    for group in _groups([each for key, each in zip(keys, chosen, strict=True) if fitted[key] is None]):
+        statistics: dict[str, dict[str, Statistics]] = {site.path: {} for site, _ in group}
+        for site, lever in group:
+            weight, host = weights.get(site.block, 1.0), net.nodes[site.path].host
+            statistics[site.path][lever.name] = lever.statistics(site, host, weight, ridge_factor)
         with _listening(net, [site for site, _ in group], statistics), torch.no_grad():
             for batch in track(batches, "observe", progress):
                 net.model(batch.to(device))
-        for site, _ in track(group, "fit", progress):
-            fitted[site.path] = statistics.pop(site.path).fit(net.nodes[site.path].host, costs)
-            journal.keep(fitted[site.path])
-    return fitted
+        for site, lever in track(group, "fit", progress):
+            made = statistics[site.path].pop(lever.name).fit(net.nodes[site.path].host, costs)
+            fitted[site.path, lever.name] = made
+            journal.keep(made, lever.name)
+    return [record for key in keys if (record := fitted[key]) is not None]
 
 
 def _groups(chosen: list[tuple[Site, Lever]]) -> Iterator[list[tuple[Site, Lever]]]:
@@ -267,13 +277,13 @@ def _groups(chosen: list[tuple[Site, Lever]]) -> Iterator[list[tuple[Site, Lever
 
 
 @contextmanager
-def _listening(net: Supernet, sites: list[Site], statistics: dict[str, Any]) -> Iterator[None]:
+def _listening(net: Supernet, sites: list[Site], statistics: Mapping[str, Mapping[str, Statistics]]) -> Iterator[None]:
     """Feed the statistics from hooks on the hosts of a lifted copy."""
     handles = []
-    for site in sites:
-        host, sums = net.nodes[site.path].host, statistics.get(site.path)
+    for site in {site.path: site for site in sites}.values():
+        host, every = net.nodes[site.path].host, tuple(statistics.get(site.path, {}).values())
 
-        def see(_m: nn.Module, args: Any, kwargs: Any, out: Any, site: Site = site, sums: Any = sums) -> None:
+        def see(_m: nn.Module, args: Any, kwargs: Any, out: Any, site: Site = site, every: Any = every) -> None:
             name = site.io.x if isinstance(site, AttentionSite) else ""
             x, out = args[0] if args else kwargs[name], out[0] if isinstance(out, tuple) else out
             if not torch.isfinite(out).all():
@@ -281,7 +291,7 @@ def _listening(net: Supernet, sites: list[Site], statistics: dict[str, Any]) -> 
                     site.path, "NaN or Inf in its output on the calibration images", "finite activations",
                     "Check the normalisation of the images, and the weights.",
                 )  # fmt: skip
-            if sums is not None:
+            for sums in every:
                 sums.update(x, out)
 
         handles.append(host.register_forward_hook(see, with_kwargs=True))

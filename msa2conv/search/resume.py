@@ -106,12 +106,12 @@ class Journal:
         """How long the calibration has taken, earlier runs included."""
         return self._done.seconds + time.monotonic() - self.started
 
-    def read(self, site: Site, costs: CostModel) -> Record | None:
-        """The fitted options of a site; None where they have to be fitted."""
+    def read(self, site: Site, lever: str, costs: CostModel) -> Record | None:
+        """The fitted options of a lever at a site; None where they have to be fitted."""
         if self.folder is None:
             return None
         try:
-            tensors, metadata = read_tensors(self._file(site.path))
+            tensors, metadata = read_tensors(self._file(site.path, lever))
         except (InvalidCheckpoint, OSError):
             return None
         described = metadata.get("record", "")
@@ -119,13 +119,13 @@ class Journal:
             return None
         return read_record(site, costs, json.loads(described), tensors)
 
-    def keep(self, record: Record) -> None:
-        """Write down the fitted options of a site."""
+    def keep(self, record: Record, lever: str) -> None:
+        """Write down the fitted options of a lever at a site."""
         if self.folder is not None:
             meta, tensors = record.state()
             described = json.dumps(meta)
             metadata = {"record": described, "sha256": self._checksum(record.site, described, tensors)}
-            write_tensors(self._file(record.site), tensors, metadata)
+            write_tensors(self._file(record.site, lever), tensors, metadata)
 
     def save_now_and_then(self) -> None:
         """Write down prefix weights and scores, unless that was done a moment ago."""
@@ -146,9 +146,10 @@ class Journal:
     def __exit__(self, *_: object) -> None:
         self.save()
 
-    def _file(self, site: str) -> Path:
+    def _file(self, site: str, lever: str) -> Path:
         assert self.folder is not None
-        return self.folder / f"site-{_sha256(site, {})[:16]}.safetensors"  # a path may be longer than a file's name
+        # a path may be longer than a file's name
+        return self.folder / f"site-{_sha256(f'{site} {lever}', {})[:16]}.safetensors"
 
     def _checksum(self, site: str, described: str, tensors: Mapping[str, Tensor]) -> str:
         return _sha256(json.dumps([self._done.inputs, site, described], sort_keys=True), tensors)

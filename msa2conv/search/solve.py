@@ -40,15 +40,37 @@ def solve(
         >>> solve(options, rest=5, budget=6)["a"].name
         'skip'
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import coo_array
-
+    price = price or _score
     floor = rest + sum(min(option.flops for option in group) for group in options.values())
     if budget < floor:
         raise infeasible(budget, floor)
+    worth = {site: _undominated(group, price) for site, group in options.items()}
+    found = _solve(worth, rest, budget, floor, price)
+    if found is None or rest + sum(option.flops for option in found.values()) < 0.99 * budget:
+        found = _solve(options, rest, budget, floor, price) or found
+    if found is None:
+        raise infeasible(budget, floor)
+    return found
+
+
+def _undominated(group: Sequence[Option], price: Callable[[Option], float]) -> list[Option]:
+    """Without options that cost no less than another and are no better: spending on them only fills the budget."""
+    kept: list[Option] = []
+    for option in sorted(group, key=lambda option: (option.flops, price(option))):
+        if not kept or price(option) < price(kept[-1]):
+            kept.append(option)
+    return kept
+
+
+def _solve(
+    options: Mapping[str, Sequence[Option]], rest: int, budget: int, floor: int, price: Callable[[Option], float]
+) -> Choices | None:
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import coo_array
+
     flat = [option for group in options.values() for option in group]
     sites = np.repeat(np.arange(len(options)), [len(group) for group in options.values()])
-    prices = np.array([(price or _score)(option) for option in flat])
+    prices = np.array([price(option) for option in flat])
     flops = np.array([option.flops for option in flat], dtype=np.int64)
     # Integer units keep HiGHS's tolerances far below one unit: divide by the common divisor of all differences.
     base = np.array([min(option.flops for option in group) for group in options.values()])[sites]
@@ -72,7 +94,7 @@ def solve(
             picked = np.flatnonzero(result.x > 0.5)
             if int(extra[picked].sum()) <= room:
                 return {flat[index].site: flat[index] for index in picked}
-    raise infeasible(budget, floor)
+    return None
 
 
 def infeasible(budget: int, floor: int) -> InfeasibleBudget:
@@ -96,8 +118,6 @@ PRICES: Mapping[str, Callable[[Option], float]] = {
     "additive": _score,
     "square root": lambda option: _score(option) ** 0.5,
     "three quarters": lambda option: _score(option) ** 0.75,
-    "ffn cheaper": lambda option: _score(option) * (0.6 if "/" in option.name else 1.0),
-    "ffn dearer": lambda option: _score(option) * (1.6 if "/" in option.name else 1.0),
 }
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..standin import Standin
 from ..transforms.apply import replace_submodule
-from ..transforms.supernode import Standin
 
 
 class Fading(Standin):

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..errors import ArchitectureMismatch, InvalidPlan
 from ..hub import guard
 from ..kernels import SharedStart
+from ..merging import Merged
 from ..ops import Conv
-from ..plan import Edit, Plan, Replace, SetAttr, Slice, fingerprint
+from ..plan import Edit, Plan, Replace, SetAttr, Slice, Wrap, fingerprint
 
 _HINT = "Apply a Plan only to the model it was made for; do not edit Plans by hand."
 _SLICEABLE = (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.modules.batchnorm._BatchNorm)
@@ -72,6 +73,9 @@ def apply_edits(model: nn.Module, edits: Iterable[Edit], root: str = "") -> None
             _replace(model, path, edit)
         elif isinstance(edit, Slice):
             _slice(model, path, edit)
+        elif isinstance(edit, Wrap):
+            host = submodule(model, path)
+            replace_submodule(model, path, edit.spec.build(host, edit.io).train(host.training))
         else:
             owner = submodule(model, path)
             setattr(owner, edit.name, type(getattr(owner, edit.name))(edit.value))
@@ -138,6 +142,9 @@ def _check(model: nn.Module, edit: Edit, path: str) -> None:
             )
         if not _sliceable(owner, parameter):
             raise InvalidPlan(edit.path, f"a parameter of {type(owner).__name__}", _SLICEABLE_TEXT, _HINT)
+    elif isinstance(edit, Wrap):
+        if isinstance(submodule(model, path), Merged):
+            raise InvalidPlan(edit.path, "a module whose tokens are merged already", "one merge at a module", _HINT)
     else:
         _check_attribute(submodule(model, path), edit)
 

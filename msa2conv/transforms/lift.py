@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..options import Option
-from ..plan import Slice
+from ..plan import Slice, Wrap
 from ..sites import FFNSite, Site
-from .apply import apply_edits, load_tensors, relative, replace_submodule
+from .apply import apply_edits, load_tensors, relative, replace_submodule, submodule
 from .supernode import HOST, Supernode
+
+
+@dataclass(frozen=True)
+class Wrapping:
+    """A branch that runs on merged tokens; `inner` is None where that is the host."""
+
+    wrap: Wrap
+    inner: Branch | None
+
+
+Branch = nn.Module | Wrapping
 
 
 class Supernet:
@@ -28,25 +40,38 @@ class Supernet:
     def __init__(self, model: nn.Module, sites: dict[str, Site], nodes: dict[str, Supernode]) -> None:
         self.model, self.sites, self.nodes = model, sites, nodes
 
-    def branch(self, option: Option) -> nn.Module:
+    def branch(self, option: Option) -> Branch:
         """Build what `option` puts at its site: its edits and tensors, run on a copy of the host alone."""
+        if option.inner is not None:
+            wrap = option.edits[-1]
+            assert isinstance(wrap, Wrap)
+            return Wrapping(wrap, self.branch(option.inner) if option.inner.edits else None)
         return realise(option, self.sites[option.site], self.nodes[option.site].host)
 
-    def branches(self, choices: Mapping[str, Option]) -> dict[str, nn.Module]:
+    def branches(self, choices: Mapping[str, Option]) -> dict[str, Branch]:
         """{site path: branch} of every choice other than the host."""
         return {path: self.branch(option) for path, option in choices.items() if option.edits}
 
     @contextmanager
-    def pinned(self, choices: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
+    def pinned(self, choices: Mapping[str, Branch]) -> Iterator[nn.Module]:
         """Run with these branches at these sites and the host elsewhere; all gates return to the host afterwards."""
-        for path, branch in choices.items():
-            self.nodes[path].add("pinned", branch)
-            self.nodes[path].gate = "pinned"
-        try:
+        with ExitStack() as stack:
+            for path, branch in choices.items():
+                self._pin(path, branch, stack)
             yield self.model
-        finally:
-            for path in choices:
-                self.nodes[path].remove("pinned")
+
+    def _pin(self, path: str, branch: Branch, stack: ExitStack) -> None:
+        if isinstance(branch, Wrapping):
+            if branch.inner is not None:
+                self._pin(path, branch.inner, stack)
+            wrap = branch.wrap
+            bare = submodule(self.model, wrap.path)
+            replace_submodule(self.model, wrap.path, wrap.spec.build(bare, wrap.io).train(bare.training))
+            stack.callback(replace_submodule, self.model, wrap.path, bare)
+            return
+        self.nodes[path].add("pinned", branch)
+        self.nodes[path].gate = "pinned"
+        stack.callback(self.nodes[path].remove, "pinned")
 
 
 def lift(model: nn.Module, sites: Iterable[Site]) -> Supernet:

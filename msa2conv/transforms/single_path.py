@@ -19,8 +19,8 @@ from ..errors import InvalidInput
 from ..kernels import Offsets, Values, centre
 from ..layouts import Layout
 from ..sites import AttentionSite, Projections
+from ..standin import Standin
 from .gates import Gate
-from .supernode import Standin
 
 Branch = Literal["skip", "conv1x1", "conv3x3", "attention"]
 NAMES: tuple[Branch, ...] = ("skip", "conv1x1", "conv3x3", "attention")

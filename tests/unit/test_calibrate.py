@@ -11,6 +11,7 @@ from conftest import Case, case_of
 
 import msa2conv
 from msa2conv.errors import ArchitectureMismatch, NonFiniteValue
+from msa2conv.levers.mixer import MixerRecord
 from msa2conv.search import calibrate as module
 from msa2conv.search.calibrate import Calibration
 from msa2conv.search.measure import default_measure, distance, tensor_of
@@ -36,19 +37,15 @@ def test_scores_are_measured_on_held_out_images(case: Case) -> None:
         for record in calibration.records:
             if record.site == site.path:
                 option = record.to_measure()[0]
-                score = next(each.score for each in record.options() if each.name == option.name)
+                score = next(each.score for each in case.options[site.path] if each.name == option.name)
                 output = case.with_option(option)(calibration.images)
                 assert score == pytest.approx(distance(reference, output, calibration.measure), rel=1e-3, abs=1e-6)
 
 
 def mixer_tensors(calibration: Calibration) -> list[torch.Tensor]:
-    return [
-        value
-        for group in calibration.options().values()
-        for option in group
-        if "/" not in option.name
-        for value in option.tensors().values()
-    ]
+    """Held-out images also say how much prefix tokens are heard, which other levers heed."""
+    records = [record for record in calibration.records if isinstance(record, MixerRecord)]
+    return [value for record in records for option in record.options() for value in option.tensors().values()]
 
 
 def test_what_is_held_out_is_not_fitted_on(vit: Case) -> None:

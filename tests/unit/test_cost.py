@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import Case
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from msa2conv.cost import count_flops, flops_by_module
@@ -40,7 +41,7 @@ def torchs_count(model: nn.Module, inputs: Tensor) -> int:
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.register_forward_hook(lambda _m, _a, out: norms.append(5 * out.numel()))
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it sees no fused one on some CPUs
         model(inputs)
     assert norms
     return counter.get_total_flops() // 2 + sum(norms)
@@ -179,5 +180,6 @@ def test_only_one_image_is_counted_and_the_model_is_left_alone() -> None:
 
 def test_the_cost_of_any_width_is_linear_in_its_units(case: Case) -> None:
     for site in case.seen.claims.ffns:
-        for option in case.options[site.path][:: max(1, len(case.options[site.path]) // 4)]:
+        whole = [option for option in case.options[site.path] if option.inner is None]
+        for option in whole[:: max(1, len(whole) // 4)]:
             assert option.flops == case.seen.costs.ffn(site, int(option.name.split("/")[0]))

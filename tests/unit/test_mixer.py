@@ -163,7 +163,7 @@ def test_attended_prefix_tokens_come_out_as_the_host_makes_them() -> None:
 def test_only_mixers_cheaper_than_the_host_are_options(case: Case) -> None:
     for record in case.calibration.records:
         if isinstance(record, MixerRecord):
-            assert record.candidates and all(each.flops < record.host_flops for each in record.candidates)
+            assert record.candidates and all(each.flops < record.costs.hosts[record.site] for each in record.candidates)
 
 
 @pytest.mark.parametrize("fields", [{"ops": ("conv2x2",)}, {"ops": ("conv3x5",)}, {"rank": 0}, {"ridge": -1}], ids=str)

@@ -9,7 +9,7 @@ from conftest import Case
 from hypothesis import given, strategies as st
 
 from msa2conv.errors import InvalidPlan, UnsupportedSchema
-from msa2conv.plan import Base, Plan, Replace, Slice, fingerprint, ranges, symbol, weights_sha256
+from msa2conv.plan import Base, Plan, Replace, Slice, Wrap, fingerprint, ranges, symbol, weights_sha256
 
 BASE = Base(
     name="vit_tiny",
@@ -105,12 +105,15 @@ def test_a_damaged_plan_is_refused(change: dict[str, object]) -> None:
 def test_edits_follow_the_choices(case: Case) -> None:
     """Every changed site has edits, and nothing else has."""
     edited = {edit.path for edit in case.result.plan.edits if isinstance(edit, Replace)}
+    wrapped = {edit.path for edit in case.result.plan.edits if isinstance(edit, Wrap)}
     sliced = {edit.path.rsplit(".", 2)[0] for edit in case.result.plan.edits if isinstance(edit, Slice)}
     for path, name in case.result.plan.choices.items():
-        kept, _, total = name.partition("/")
-        assert (path in edited) == (not total and name != "attention")
+        inner, merged, _ = name.partition("@")
+        kept, _, total = inner.partition("/")
+        assert (path in edited) == (not total and inner != "attention")
         assert (path in sliced) == (bool(total) and kept != total)
-    assert edited | sliced <= set(case.result.plan.choices)
+        assert (path in wrapped) == bool(merged)
+    assert edited | sliced | wrapped <= set(case.result.plan.choices)
 
 
 def test_fingerprint_sees_shapes_and_the_hash_sees_values() -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,14 @@ WORK = {
     "fit": (FFNStatistics, "fit"),
     "score": (Supernet, "branch"),
 }
+LEVERS = ("mixer", "ffn")
 ALL = {"listen": 3, "observe": 3, "fit": 3, "score": 36}
 
 
 @pytest.fixture
 def done(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each kind of work was begun; `done["stop at score"] = 20` interrupts the 20th scoring."""
+    uninterrupted()
     counts: Counter[str] = Counter()
 
     def watched(kind: str, work: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,11 +75,16 @@ def folder(complete: Path, tmp_path: Path) -> Path:
 
 def calibrate(folder: Path | None, name: str = "vit", **other: Any) -> Calibration:
     case = case_of(name)
-    levers = resolve_levers(other.pop("levers", "all"))
+    levers = resolve_levers(other.pop("levers", LEVERS))
     given = {"model": case.work, "images": case.images, "source": case.calibration.source, **other}
     return calibrate_sites(
         claims=case.seen.claims, costs=case.seen.costs, levers=levers, progress=False, resume=folder, **given
     )
+
+
+@cache
+def uninterrupted() -> Calibration:
+    return calibrate(None)
 
 
 def facts(calibration: Calibration) -> dict[str, Any]:
@@ -84,8 +92,8 @@ def facts(calibration: Calibration) -> dict[str, Any]:
     kept = {name: value for name, value in vars(calibration).items() if name not in ("seconds", "records")}
     for record in calibration.records:
         meta, tensors = record.state()
-        kept[record.site] = meta
-        kept |= {f"{record.site}|{name}": value for name, value in tensors.items()}
+        kept[f"{record.site} {meta['lever']}"] = meta
+        kept |= {f"{record.site} {meta['lever']}|{name}": value for name, value in tensors.items()}
     return {name: value.numpy().tobytes() if torch.is_tensor(value) else value for name, value in kept.items()}
 
 
@@ -94,7 +102,7 @@ def sites(folder: Path) -> list[Path]:
 
 
 def test_the_comparison_can_fail(vit: Case) -> None:
-    assert facts(calibrate(None)) == facts(vit.calibration) != facts(calibrate(None, seed=1))
+    assert facts(calibrate(None)) == facts(uninterrupted()) != facts(calibrate(None, seed=1))
 
 
 @pytest.mark.parametrize(
@@ -115,10 +123,10 @@ def test_what_was_done_before_an_interruption_is_not_done_again(
         calibrate(tmp_path / "deep" / "folder")
     assert not list(tmp_path.rglob("*.part"))
     done.clear()
-    assert facts(calibrate(tmp_path / "deep" / "folder")) == facts(vit.calibration)
+    assert facts(calibrate(tmp_path / "deep" / "folder")) == facts(uninterrupted())
     assert {kind: done[kind] for kind in ALL if done[kind]} == again
     done.clear()
-    assert facts(calibrate(tmp_path / "deep" / "folder")) == facts(vit.calibration)
+    assert facts(calibrate(tmp_path / "deep" / "folder")) == facts(uninterrupted())
     assert not done.total()
 
 
@@ -131,7 +139,7 @@ def test_sites_fitted_in_an_earlier_pass_over_the_images_are_not_observed_again(
         calibrate(tmp_path)
     assert len(sites(tmp_path)) == 4
     done.clear()
-    assert facts(calibrate(tmp_path)) == facts(vit.calibration)
+    assert facts(calibrate(tmp_path)) == facts(uninterrupted())
     assert (done["observe"], done["fit"]) == (1, 1)
 
 
@@ -163,7 +171,7 @@ def replace_or_die(*paths):
     replace(*paths)
 
 os.replace = replace_or_die
-msa2conv.calibrate(tiny.build("vit"), tiny.images("vit"), resume=sys.argv[1])
+msa2conv.calibrate(tiny.build("vit"), tiny.images("vit"), levers=("mixer", "ffn"), resume=sys.argv[1])
 """
 
 
@@ -182,7 +190,7 @@ def test_killed_in_the_middle_of_a_file(
     result = subprocess.run(command, cwd=tests, capture_output=True, text=True, check=False)
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert len(list(tmp_path.glob(".*.part"))) == 1
-    assert facts(calibrate(tmp_path)) == facts(vit.calibration)
+    assert facts(calibrate(tmp_path)) == facts(uninterrupted())
     assert {kind: done[kind] for kind in ALL if done[kind]} == again
     resume.discard(tmp_path)
     assert not tmp_path.exists()
@@ -310,7 +318,7 @@ def test_a_damaged_site_is_fitted_again(
         ffn[0].unlink()
     else:
         ffn[0].write_bytes(DAMAGE[damage](good) if damage in DAMAGE else ffn[1].read_bytes())
-    assert facts(calibrate(folder)) == facts(vit.calibration)
+    assert facts(calibrate(folder)) == facts(uninterrupted())
     assert {kind: done[kind] for kind in ALL if done[kind]} == {"fit": 1}
     assert files(folder.parent).keys() == {"calibrating"} | {f"calibrating/{path.name}" for path in folder.iterdir()}
     assert ffn[0].stat().st_size == len(good)
@@ -336,7 +344,7 @@ def test_damaged_measurements_are_made_again(
     good = path.read_bytes()
     path.write_bytes(DAMAGE_OF_TEXT[damage](good))
     assert path.read_bytes() != good
-    assert facts(calibrate(folder)) == facts(vit.calibration)
+    assert facts(calibrate(folder)) == facts(uninterrupted())
     assert {kind: done[kind] for kind in ALL if done[kind]} == {"listen": 3, "score": 36}
     assert not Path("ran").exists()
 
@@ -348,7 +356,7 @@ def test_the_pickle_is_malicious(tmp_path: Path) -> None:
 
 def test_other_adapters_sites_come_back_too(tmp_path: Path) -> None:
     for _ in range(2):
-        assert facts(calibrate(tmp_path, "foreign")) == facts(case_of("foreign").calibration)
+        assert facts(calibrate(tmp_path, "foreign", levers=None)) == facts(case_of("foreign").calibration)
 
 
 # ------------------------------------------------------------------------------------------------------ clean-up

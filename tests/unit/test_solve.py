@@ -87,9 +87,14 @@ def test_an_option_without_a_score_is_a_mistake() -> None:
 
 
 def test_prices_disagree_and_duplicates_are_dropped() -> None:
+    """One large score or two small ones: the roots of small ones weigh more."""
     options = {
-        "ffn": [Option("ffn", "8/8", 100, score=0.0), Option("ffn", "4/8", 50, score=1.0)],
-        "attn": [Option("attn", "attention", 100, score=0.0), Option("attn", "skip", 50, score=0.8)],
+        "a": [
+            Option("a", "host", 100, score=0.0),
+            Option("a", "half", 75, score=0.5),
+            Option("a", "none", 50, score=1.2),
+        ],
+        "b": [Option("b", "host", 100, score=0.0), Option("b", "half", 75, score=0.5)],
     }
     found = {name: tuple(option.name for option in plan.values()) for name, plan in diverse(options, 0, 150).items()}
-    assert found == {"additive": ("8/8", "skip"), "ffn cheaper": ("4/8", "attention")}
+    assert found == {"additive": ("half", "half"), "square root": ("none", "host")}

@@ -1,0 +1,42 @@
+"""The mixers that can stand where an attention stood: a spec (data) and the module it builds."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from .attend import Attend, AttendMixer
+from .base import IO, Path, Spec, TokenMixer, Width
+from .local import Constant, Conv, ConvMixer, Global, Identity, IdentityMixer, Skip
+from .prefix import AttendPrefix, PassPrefix, Prefix, PrefixAttention, RidgePrefix
+from .sequence import Arrangement, Sizes, arranged, as_sequence
+
+MixerSpec = Annotated[Skip | Identity | Constant | Global | Conv | Attend, Field(discriminator="kind")]
+
+__all__ = [
+    "IO",
+    "Arrangement",
+    "Attend",
+    "AttendMixer",
+    "AttendPrefix",
+    "Constant",
+    "Conv",
+    "ConvMixer",
+    "Global",
+    "Identity",
+    "IdentityMixer",
+    "MixerSpec",
+    "PassPrefix",
+    "Path",
+    "Prefix",
+    "PrefixAttention",
+    "RidgePrefix",
+    "Sizes",
+    "Skip",
+    "Spec",
+    "TokenMixer",
+    "Width",
+    "arranged",
+    "as_sequence",
+]

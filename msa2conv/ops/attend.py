@@ -1,0 +1,76 @@
+"""A plain softmax attention that owns its weights: fewer heads, or thinner ones, than the host had.
+
+Shape suffixes: B batch, N tokens, C channels, K heads, E width of a query, V width of a value.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from .base import IO, Spec, TokenMixer, Width
+from .sequence import Arrangement, Sizes, arranged, as_sequence
+
+
+class Attend(Spec):
+    """softmax(scale q k^T + mask) v by heads, with queries and values of widths of their own.
+
+    Args:
+        arrangement: how its tokens lie.
+        dim: channels in and out.
+        heads, qk_dim, v_dim: how many heads there are, and how wide q, k and v of each are.
+        scale: of the scores.
+        bias: whether q and v have one (the bias of a key adds the same to every score, and cancels).
+        sizes: under which name it takes a mask.
+    """
+
+    kind: Literal["attend"] = "attend"
+    arrangement: Arrangement = "b n c"
+    dim: Width
+    heads: Width
+    qk_dim: Width
+    v_dim: Width
+    scale: float = Field(gt=0, allow_inf_nan=False)
+    bias: bool = True
+    sizes: Sizes | None = None
+
+    def build(self, io: IO) -> TokenMixer:
+        return AttendMixer(self, io)
+
+
+class AttendMixer(TokenMixer):
+    """Parameters: q, k [K E, C], v [K V, C], proj [C, K V]."""
+
+    def __init__(self, spec: Attend, io: IO) -> None:
+        super().__init__(spec, io)
+        self.arrangement, self.heads, self.scale, self.sizes = spec.arrangement, spec.heads, spec.scale, spec.sizes
+        self.q = nn.Linear(spec.dim, spec.heads * spec.qk_dim, bias=spec.bias)
+        self.k = nn.Linear(spec.dim, spec.heads * spec.qk_dim, bias=False)
+        self.v = nn.Linear(spec.dim, spec.heads * spec.v_dim, bias=spec.bias)
+        self.proj = nn.Linear(spec.heads * spec.v_dim, spec.dim)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.sizes is None:
+            return super().forward(*args, **kwargs)
+        given = self.io.arguments(args, kwargs)
+        mask = given.pop(self.sizes.argument, None)
+        x = args[0] if args else kwargs[self.io.x]
+        if mask is not None and self.sizes.shape == "b n":
+            mask = mask[:, None, None, :]
+        return self._returned(self.mix(self._bind((x,), given), mask), given)
+
+    def mix(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        tokens_BNC = as_sequence(x, self.arrangement)
+        out_BNC = self.proj(self.attended(tokens_BNC, mask))
+        return arranged(out_BNC, self.arrangement, x.shape)
+
+    def attended(self, tokens_BNC: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the output projection reads: the averaged values of all heads, [B, N, K V]."""
+        q, k, v = (
+            layer(tokens_BNC).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )
+        found_BKNV = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
+        return found_BKNV.transpose(1, 2).flatten(2)

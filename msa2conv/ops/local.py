@@ -1,0 +1,174 @@
+"""Mixers that no token asks anything: nothing, a constant, a global average, a convolution.
+
+Shape suffixes: B batch, P prefix tokens, N tokens, C channels, H W grid, R rank, K heads, D head dim, O I out in.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Annotated, Literal
+
+import torch
+from pydantic import AfterValidator, Field
+from torch import Tensor, nn
+
+from ..layouts import Layout
+from .base import IO, Spec, TokenMixer, Width
+from .prefix import Prefix, PrefixPass, prefix_module
+
+
+def _odd(kernel: int) -> int:
+    if kernel % 2 == 0:
+        raise ValueError(f"kernel {kernel} must be odd")
+    return kernel
+
+
+class Skip(Spec):
+    """The mixer adds nothing: zeros."""
+
+    kind: Literal["skip"] = "skip"
+
+    def build(self, io: IO) -> TokenMixer:
+        return SkipMixer(self, io)
+
+
+class Identity(Spec):
+    """The mixer returns its input: what the published SPViT code does for a skipped block after its search."""
+
+    kind: Literal["identity"] = "identity"
+
+    def build(self, io: IO) -> TokenMixer:
+        return IdentityMixer(self, io)
+
+
+class Constant(Spec):
+    """One learned vector per prefix token and one per grid position; 0 FLOPs."""
+
+    kind: Literal["constant"] = "constant"
+    layout: Layout
+    dim: Width
+
+    def build(self, io: IO) -> TokenMixer:
+        return ConstantMixer(self, io)
+
+
+class Global(Spec):
+    """Constant per grid position + (if `context`) a linear function of (prefix tokens, mean of the patches)."""
+
+    kind: Literal["global"] = "global"
+    layout: Layout
+    dim: Width
+    context: bool = True
+    prefix: Prefix | None = None
+
+    def build(self, io: IO) -> TokenMixer:
+        return GlobalMixer(self, io)
+
+
+class Conv(Spec):
+    """Bottleneck convolution C -> rank -> C on the map, plus (if `context`) the linear part of `Global`.
+
+    Args:
+        layout: how tokens lie on the map; a window as its grid makes a convolution inside every window.
+        kernel: odd side of the first kernel; the second is 1x1.
+        rank: bottleneck width; equal to dim and linear, it is one C -> C convolution.
+        norm, act: between the two convolutions; without them they are linear.
+        context: add a linear function of (prefix tokens, mean of the patches) to every position.
+        prefix: how prefix tokens are computed; None where there are none.
+    """
+
+    kind: Literal["conv"] = "conv"
+    layout: Layout
+    dim: Width
+    kernel: Annotated[int, Field(ge=1, le=15), AfterValidator(_odd)]
+    rank: Width
+    norm: Literal["batch"] | None = None
+    act: Literal["relu"] | None = None
+    context: bool = False
+    prefix: Prefix | None = None
+
+    @property
+    def bottleneck(self) -> bool:
+        """Whether there are two convolutions."""
+        return self.rank < self.dim or self.norm is not None or self.act is not None
+
+    def build(self, io: IO) -> TokenMixer:
+        return ConvMixer(self, io)
+
+
+class SkipMixer(TokenMixer):
+    def mix(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+class IdentityMixer(TokenMixer):
+    def mix(self, x: Tensor) -> Tensor:
+        return x
+
+
+class ConstantMixer(TokenMixer):
+    """Parameters: grid_CHW [C, H, W]; prefix_PC [P, C] where there are prefix tokens."""
+
+    def __init__(self, spec: Constant, io: IO) -> None:
+        super().__init__(spec, io)
+        self.layout = spec.layout
+        self.grid_CHW = nn.Parameter(torch.zeros(spec.dim, *spec.layout.grid))
+        self.prefix_PC = nn.Parameter(torch.zeros(spec.layout.prefix, spec.dim)) if spec.layout.prefix else None
+
+    def mix(self, x: Tensor) -> Tensor:
+        prefix_BPC, map_BCHW = self.layout.to_map(x)
+        if self.prefix_PC is not None:
+            prefix_BPC = self.prefix_PC.to(x.dtype).expand_as(prefix_BPC)
+        return self.layout.from_map(prefix_BPC, self.grid_CHW.to(x.dtype).expand_as(map_BCHW))
+
+
+class _MapMixer(TokenMixer):
+    """patches = local(map) + context(prefix tokens, mean of the patches); prefix tokens by their own module."""
+
+    def __init__(self, spec: Global | Conv, io: IO) -> None:
+        super().__init__(spec, io)
+        self.layout = spec.layout
+        inputs = (spec.layout.prefix + 1) * spec.dim
+        self.context = nn.Linear(inputs, spec.dim, bias=False) if spec.context else None
+        self.prefix = prefix_module(spec.prefix, spec.layout, spec.dim)
+
+    @abstractmethod
+    def local(self, map_BCHW: Tensor) -> Tensor:
+        """The part that sees positions: map -> map."""
+
+    def mix(self, x: Tensor) -> Tensor:
+        prefix_BPC, map_BCHW = self.layout.to_map(x)
+        out_BCHW = self.local(map_BCHW)
+        mean_BC = None
+        if self.context is not None or not isinstance(self.prefix, (PrefixPass, type(None))):
+            mean_BC = map_BCHW.mean((2, 3))
+        if self.context is not None and mean_BC is not None:
+            seen_BI = torch.cat((prefix_BPC.flatten(1), mean_BC), 1) if self.layout.prefix else mean_BC
+            out_BCHW = out_BCHW + self.context(seen_BI)[:, :, None, None]
+        if self.prefix is not None:
+            prefix_BPC = self.prefix(prefix_BPC, mean_BC, self.layout.batch_first(x))
+        return self.layout.from_map(prefix_BPC, out_BCHW)
+
+
+class GlobalMixer(_MapMixer):
+    def __init__(self, spec: Global, io: IO) -> None:
+        super().__init__(spec, io)
+        self.grid_CHW = nn.Parameter(torch.zeros(spec.dim, *spec.layout.grid))
+
+    def local(self, map_BCHW: Tensor) -> Tensor:
+        return self.grid_CHW.to(map_BCHW.dtype).expand_as(map_BCHW)
+
+
+class ConvMixer(_MapMixer):
+    def __init__(self, spec: Conv, io: IO) -> None:
+        super().__init__(spec, io)
+        between = spec.norm is not None or spec.act is not None
+        bias = between or not spec.bottleneck  # two linear layers need only the second one's
+        self.reduce = nn.Conv2d(spec.dim, spec.rank, spec.kernel, padding=spec.kernel // 2, bias=bias)
+        self.norm = nn.BatchNorm2d(spec.rank) if spec.norm else nn.Identity()
+        self.act = nn.ReLU() if spec.act else nn.Identity()
+        self.expand = nn.Conv2d(spec.rank, spec.dim, 1) if spec.bottleneck else nn.Identity()
+
+    def local(self, map_BCHW: Tensor) -> Tensor:
+        out: Tensor = self.expand(self.act(self.norm(self.reduce(map_BCHW))))
+        return out
