@@ -44,17 +44,18 @@ def solve(
     floor = rest + sum(min(option.flops for option in group) for group in options.values())
     if budget < floor:
         raise infeasible(budget, floor)
+    least = int(np.ceil(0.99 * budget))
     worth = {site: _undominated(group, price) for site, group in options.items()}
-    found = _solve(worth, rest, budget, floor, price)
-    if found is None or rest + sum(option.flops for option in found.values()) < 0.99 * budget:
-        found = _solve(options, rest, budget, floor, price) or found
+    found = _solve(worth, rest, 0, budget, floor, price)
+    if found is None or rest + sum(option.flops for option in found.values()) < least:
+        found = _solve(options, rest, least, budget, floor, price) or found
     if found is None:
         raise infeasible(budget, floor)
     return found
 
 
 def _undominated(group: Sequence[Option], price: Callable[[Option], float]) -> list[Option]:
-    """Without options that cost no less than another and are no better: spending on them only fills the budget."""
+    """Without options that cost no less than another and are no better: they only serve to use up a budget."""
     kept: list[Option] = []
     for option in sorted(group, key=lambda option: (option.flops, price(option))):
         if not kept or price(option) < price(kept[-1]):
@@ -63,8 +64,14 @@ def _undominated(group: Sequence[Option], price: Callable[[Option], float]) -> l
 
 
 def _solve(
-    options: Mapping[str, Sequence[Option]], rest: int, budget: int, floor: int, price: Callable[[Option], float]
+    options: Mapping[str, Sequence[Option]],
+    rest: int,
+    least: int,
+    budget: int,
+    floor: int,
+    price: Callable[[Option], float],
 ) -> Choices | None:
+    """The optimum between `least` and `budget`; None where no sum of options lies there."""
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import coo_array
 
@@ -77,24 +84,21 @@ def _solve(
     unit = int(np.gcd.reduce(flops - base)) or 1
     extra = (flops - base) // unit
     room = (budget - floor) // unit
-    least = max(0, -(-(int(np.ceil(0.99 * budget)) - floor) // unit))
+    lower = max(0, -(-(least - floor) // unit))
     one_each = LinearConstraint(coo_array((np.ones(len(flat)), (sites, np.arange(len(flat))))), 1, 1)
     scale = max(1.0, room / 1e6)
-    result = None
-    for lower in dict.fromkeys((least, 0)):
-        within = LinearConstraint((extra / scale)[None, :], lower / scale, room / scale)
-        result = milp(
-            prices * (1e4 / max(float(prices.max()), 1e-12)),  # far above the absolute gap of 1e-6
-            constraints=[one_each, within],
-            integrality=np.ones(len(flat)),
-            bounds=Bounds(0, 1),
-            options={"mip_rel_gap": 0.0, "time_limit": 60.0},
-        )
-        if result.x is not None:
-            picked = np.flatnonzero(result.x > 0.5)
-            if int(extra[picked].sum()) <= room:
-                return {flat[index].site: flat[index] for index in picked}
-    return None
+    within = LinearConstraint((extra / scale)[None, :], lower / scale, room / scale)
+    result = milp(
+        prices * (1e4 / max(float(prices.max()), 1e-12)),  # far above the absolute gap of 1e-6
+        constraints=[one_each, within],
+        integrality=np.ones(len(flat)),
+        bounds=Bounds(0, 1),
+        options={"mip_rel_gap": 0.0, "time_limit": 60.0},
+    )
+    if result.x is None:
+        return None
+    picked = np.flatnonzero(result.x > 0.5)
+    return {flat[index].site: flat[index] for index in picked} if int(extra[picked].sum()) <= room else None
 
 
 def infeasible(budget: int, floor: int) -> InfeasibleBudget:
