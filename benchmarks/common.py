@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import platform
 import resource
@@ -49,6 +50,16 @@ def split(count: int, first: int, seed: int) -> tuple[torch.Tensor, torch.Tensor
     """A random split of range(count) into `first` indices and the others."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return order[:first], order[first:]
+
+
+def against(reference: torch.Tensor, found: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+    """Top-1, and what is lost against the reference, with a 95 % interval of the paired difference."""
+    before, after = (output.argmax(1) == labels for output in (reference, found))
+    difference = before.double() - after.double()
+    half = 1.96 * float(difference.std()) / math.sqrt(len(labels))
+    lost = 100 * float(difference.mean())
+    interval = f"{lost - 100 * half:.1f} to {lost + 100 * half:.1f}"
+    return {"top-1": round(100 * float(after.double().mean()), 1), "lost": round(lost, 1), "95 %": interval}
 
 
 def peak_gib() -> float:

@@ -9,7 +9,6 @@ photos pick the epoch; test photos give the figures. Rows merge, so budgets and 
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from examples.clothing.make import Photos, eval_transform, train_transform
 from msa2conv.files import read_state_dict
 from msa2conv.search.measure import distance
 
-from .common import write
+from .common import against, write
 
 WEIGHTS = Path(__file__).parent.parent / "examples" / "clothing" / "vit_tiny_clothing10.safetensors"
 LOCAL = {"kind": "local", "epochs": 1}
@@ -96,16 +95,6 @@ def main() -> None:
 def place(row: dict[str, Any]) -> tuple[float, int]:
     """The largest budget first, then as listed."""
     return -float(row["row"].split()[0]), list(courses(1)).index(row["course"])
-
-
-def against(reference: Tensor, found: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Top-1, and what is lost against the reference, with a 95 % interval of the paired difference."""
-    before, after = (output.argmax(1) == labels for output in (reference, found))
-    difference = before.double() - after.double()
-    half = 1.96 * float(difference.std()) / math.sqrt(len(labels))
-    lost = 100 * float(difference.mean())
-    interval = f"{lost - 100 * half:.1f} to {lost + 100 * half:.1f}"
-    return {"top-1": round(100 * float(after.double().mean()), 1), "lost": round(lost, 1), "95 %": interval}
 
 
 @torch.no_grad()

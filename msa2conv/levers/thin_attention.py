@@ -45,9 +45,7 @@ class ThinAttention(BaseModel, Alone):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["thin_attention"] = "thin_attention"
-    shares: tuple[Share, ...] = Field(
-        default=((1, 0.5, 1), (1, 0.25, 1), (1, 0.5, 0.5), (0.67, 1, 1), (0.67, 0.5, 1), (0.34, 0.5, 1)), min_length=1
-    )
+    shares: tuple[Share, ...] = Field(default=((1, 0.5, 1), (1, 0.25, 1), (1, 0.5, 0.5), (0.34, 0.5, 1)), min_length=1)
     ridge: float = Field(default=1e-3, gt=0)
 
     @field_validator("shares")

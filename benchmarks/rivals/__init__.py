@@ -1,0 +1,1 @@
+"""Other ways to make a ViT cheaper, each in one file."""

@@ -1,0 +1,62 @@
+"""Token merging through the network: Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023, from the paper.
+
+In every block, between attention and FFN, the r most similar pairs merge (bipartite, by the mean of the heads' keys);
+attention heeds sizes. For timm's plain ViTs with a class token; the grid of tokens is lost. Nothing is trained.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from msa2conv.merging import rows
+
+
+class TokenMerging(nn.Module):
+    """A ViT whose blocks merge `schedule[i]` tokens each.
+
+    Args:
+        model: timm's VisionTransformer, in eval mode.
+        schedule: one number a block.
+    """
+
+    def __init__(self, model: VisionTransformer, schedule: tuple[int, ...]) -> None:
+        super().__init__()
+        self.model, self.schedule = model, schedule
+
+    def forward(self, images: Tensor) -> Tensor:
+        model = self.model
+        x_BNC = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+        size_BN = x_BNC.new_ones(x_BNC.shape[:2])
+        for block, going in zip(model.blocks, self.schedule, strict=True):
+            x_BNC, size_BN = self._block(block, x_BNC, size_BN, going)
+        out: Tensor = model.forward_head(model.norm(x_BNC))
+        return out
+
+    def _block(self, block: Block, x_BNC: Tensor, size_BN: Tensor, going: int) -> tuple[Tensor, Tensor]:
+        seen_BNC = block.norm1(x_BNC)
+        x_BNC = x_BNC + block.ls1(block.attn(seen_BNC, attn_mask=size_BN.log()[:, None, None, :]))
+        if going:
+            attention, dim = block.attn, seen_BNC.shape[-1]
+            keys_BNC = F.linear(seen_BNC, attention.qkv.weight[dim : 2 * dim], attention.qkv.bias[dim : 2 * dim])
+            metric_BND = torch.unflatten(keys_BNC, -1, (attention.num_heads, -1)).mean(-2)
+            x_BNC, size_BN = _merge(metric_BND[:, 1:], x_BNC, size_BN, going)
+        return x_BNC + block.ls2(block.mlp(block.norm2(x_BNC))), size_BN
+
+
+def _merge(metric_BMD: Tensor, x_BNC: Tensor, size_BN: Tensor, going: int) -> tuple[Tensor, Tensor]:
+    unit_BMD = F.normalize(metric_BMD, dim=-1)
+    best_BA, partner_BA = (unit_BMD[:, ::2] @ unit_BMD[:, 1::2].transpose(1, 2)).max(-1)
+    order_BA = best_BA.argsort(-1)
+    stays_BS, goes_BR = order_BA[:, :-going], order_BA[:, -going:]
+    to_BR = partner_BA.gather(1, goes_BR)
+    weighed_BNC, patch_sizes = x_BNC * size_BN[..., None], size_BN[:, 1:]
+    senders, receivers = weighed_BNC[:, 1::2], weighed_BNC[:, 2::2]
+    gone_BRC = rows(senders, goes_BR)
+    received_BDC = receivers.scatter_add(1, to_BR[..., None].expand_as(gone_BRC), gone_BRC)
+    sizes_BD = patch_sizes[:, 1::2].scatter_add(1, to_BR, patch_sizes[:, ::2].gather(1, goes_BR))
+    size_BN = torch.cat((size_BN[:, :1], patch_sizes[:, ::2].gather(1, stays_BS), sizes_BD), 1)
+    summed_BNC = torch.cat((weighed_BNC[:, :1], rows(senders, stays_BS), received_BDC), 1)
+    return summed_BNC / size_BN[..., None], size_BN
