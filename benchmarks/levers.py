@@ -87,10 +87,10 @@ def main() -> None:
 
 def note(fit: int, held_out: int, top1: float) -> str:
     return f"""ViT-Ti/16 (timm augreg_in21k_ft_in1k), calibrated on {fit} ImageNet validation photos, evaluated on
-    {held_out} others (original {top1:.1f}), not trained. Lost: points of top-1 that the original is ahead, with the 95 %
-    interval of the paired difference; KL to its answers separates more finely. Time: median of a forward pass over the
-    original's, all variants of a budget in turn. Token merging (Bolya et al.) is the rival that gives up the grid; its r
-    is the same in every block."""
+    {held_out} others (original {top1:.1f}), not trained. Lost: points of top-1 that the original is ahead, with the
+    95 % interval of the paired difference; KL to its answers separates more finely. Time: median of a forward pass
+    over the original's, all variants of a budget in turn. Token merging (Bolya et al.) is the rival that gives up the
+    grid; its r is the same in every block."""
 
 
 def order(variant: str) -> int:

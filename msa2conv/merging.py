@@ -103,9 +103,14 @@ class Merged(Standin):
     def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         x = args[0] if args else kwargs.get(self.io.x)
         given = self.io.arguments(args, kwargs)
-        told = {self.spec.sizes.argument} if self.spec.sizes else set()
-        heeded = [name for name, value in given.items() if value is not x and (isinstance(value, Tensor) or (
-            name in told and value is not None))]  # fmt: skip
+        told = self.spec.sizes.argument if self.spec.sizes else None
+        heeded = [
+            name
+            for name, value in given.items()
+            if (name == told and value is not None)
+            # a tracer turns a number into a tensor without dimensions
+            or (isinstance(value, Tensor) and value.ndim and value is not x)
+        ]
         if heeded or not isinstance(x, Tensor):
             raise UnsupportedArgument(
                 f"{type(self).__name__}.forward",

@@ -50,7 +50,7 @@ def images(count: int = 16, size: int = 32, seed: int = 0) -> Tensor:
 def converted(kind: str = "vit") -> Conversion:
     """A conversion that all tests share and none alters: half the FLOPs, so that mixers are in use."""
     model, size = (vit(), 32) if kind == "vit" else (swin(), 56)
-    result = msa2conv.convert(model, 0.5, data=images(size=size))
+    result = msa2conv.convert(model, 0.5, data=images(size=size), levers=("mixer", "ffn"))
     assert any(isinstance(module, TokenMixer) for module in result.model.modules())
     return result
 

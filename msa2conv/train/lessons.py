@@ -11,6 +11,7 @@ from ..adapters.build import example_size, preprocessing
 from ..adapters.paths import block_of
 from ..conversion import Conversion
 from ..errors import ArchitectureMismatch, InvalidArgument
+from ..plan import Wrap
 from ..search.measure import Measure, OutputFn, default_measure, first_tensor, tensor_of
 from ..workbench import unwrap, working_copy
 from .data import Batches, classes_of
@@ -152,11 +153,13 @@ def _down_to(path: str, top: str) -> Iterator[str]:
 
 
 def changed(conversion: Conversion) -> list[str]:
-    """Sites whose module was replaced or narrowed and can learn; of one inside another, the outer one."""
+    """Sites whose module was replaced or narrowed and can learn; of one inside another, the outer one.
+
+    A module that only sees merged tokens has the original's weights: there is nothing that it could do better.
+    """
     plan = conversion.plan
-    paths = [
-        site for site in plan.choices if any(f"{edit.path}.".startswith(f"{site}.") for edit in plan.edits)
-    ]  # fmt: skip
+    edits = [f"{edit.path}." for edit in plan.edits if not isinstance(edit, Wrap)]
+    paths = [site for site in plan.choices if any(path.startswith(f"{site}.") for path in edits)]
     model = unwrap(conversion.model)
     able = [path for path in paths if next(model.get_submodule(path).parameters(), None) is not None]
     return [path for path in able if not any(path.startswith(f"{other}.") for other in able)]

@@ -33,6 +33,10 @@ _FEWEST = 4
 _MASKS = ("attn_mask", "attention_mask", "key_padding_mask", "mask")  # what an additive mask may be called
 
 
+def _is_same(value: Any) -> bool:
+    return isinstance(value, Given) and value == SAME  # a copy of it, too
+
+
 class Called(nn.Module):
     """A module as a function of its tokens alone.
 
@@ -46,7 +50,7 @@ class Called(nn.Module):
         self.module, self.arguments = module, dict(arguments)
 
     def forward(self, x: Tensor, **more: Any) -> Tensor:
-        given = {name: x if value is SAME else value for name, value in self.arguments.items()}
+        given = {name: x if _is_same(value) else value for name, value in self.arguments.items()}
         out = tensor_in(self.module(x, **given | more))
         assert out is not None
         return out
@@ -83,7 +87,7 @@ def _shapes(module: nn.Module) -> str:
 
 
 def _merging(site: Site, module: nn.Module, call: Call, prefix_of_block: int) -> Merging | str:
-    given = [name for name, value in call.arguments.items() if isinstance(value, Given) and value is not SAME]
+    given = [name for name, value in call.arguments.items() if isinstance(value, Given) and not _is_same(value)]
     if given:
         return f"it is called with {given[0]!r}, which speaks of places"
     arrangement = _arrangement(site, call.x or ())
@@ -154,11 +158,13 @@ def _tried(site: Site, merging: Merging, call: Called, shape: list[int]) -> Merg
     def run(tokens: Tensor, **more: Any) -> Tensor:
         return as_sequence(call(arranged(tokens, merging.arrangement), **more), merging.arrangement)
 
+    whole_BNC = as_sequence(call(arranged(tokens_BNC, merging.arrangement, torch.Size(shape))), merging.arrangement)
     if isinstance(site, FFNSite):
-        whole = call(arranged(tokens_BNC, merging.arrangement, torch.Size(shape)))
-        if _same(run(few_BNC), as_sequence(whole, merging.arrangement)[:, chosen]):
+        if _same(run(few_BNC), whole_BNC[:, chosen]):
             return merging
         return "a token's answer depends on other tokens or on its place"
+    if not _same(run(tokens_BNC), whole_BNC):
+        return "its tokens are several sequences"
     order = torch.cat((torch.arange(merging.prefix), merging.prefix + _shuffled(few - merging.prefix, generator)))
     plain = run(few_BNC)
     if not _same(run(few_BNC[:, order]), plain[:, order]):
