@@ -59,7 +59,7 @@ def main() -> None:
     dense = timm.create_model("vit_tiny_patch16_224", num_classes=10)
     dense.load_state_dict(read_state_dict(WEIGHTS))
     reference, labels = answers(dense.eval(), test)
-    calibration = msa2conv.calibrate(dense, still, images=256, seed=args.seed)
+    calibration = msa2conv.calibrate(dense, still, images=256, levers=("mixer", "ffn"), seed=args.seed)
     for budget in args.budgets:
         converted = msa2conv.convert(dense, budget, calibration=calibration, seed=args.seed)
         for course in args.courses:
@@ -80,7 +80,7 @@ def main() -> None:
             note = f"""ViT-Ti/16 with ten classes (examples/clothing), {len(train):,} training photos of which 256
             calibrated, {len(val)} validation photos that picked the epoch, {len(test)} test photos. Lost: points of
             top-1 that the dense network is ahead, with the 95 % interval of the paired difference. KL: to the dense
-            network's answers. Local: one epoch, global and labels: {args.epochs}, batch {args.batch_size}."""
+            network's answers. Levers: mixer and ffn. Local: one epoch, global and labels: {args.epochs}, batch {args.batch_size}."""
             write(
                 "finetune",
                 "python -m benchmarks.finetune --photos clothing10.npz",

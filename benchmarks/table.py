@@ -19,7 +19,9 @@ from msa2conv.files import write_text
 from .common import RESULTS
 
 ROOT = Path(__file__).parent.parent
-SHOWN = (ROOT / "README.md", ROOT / "examples" / "fashion" / "README.md")  # files with marked tables
+SHOWN = tuple(
+    ROOT / name for name in ("README.md", "examples/fashion/README.md", "docs/levers.md")
+)  # files with marked tables
 LISTED = ("claims", "coverage", "libraries")  # in docs/BACKBONES.md
 _MARKED = re.compile(r"(<!-- table: (\w+)(?: without ([^>]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 

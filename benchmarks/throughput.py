@@ -97,7 +97,7 @@ class Step:
         else:
             if variant == "hybrid":
                 data = torch.randn(8, *size)
-                model = msa2conv.convert(model, 0.7, data=data, images=8, progress=False).model
+                model = msa2conv.convert(model, 0.7, data=data, images=8, levers=("mixer", "ffn"), progress=False).model
             net, groups = model, [{"params": list(model.parameters()), "lr": 1e-9}]
         self.flops = msa2conv.count_flops(model, example)
         memory = torch.channels_last if args.channels_last else torch.contiguous_format

@@ -74,7 +74,9 @@ def material(args: argparse.Namespace) -> tuple[Conversion, TensorDataset]:
     """A hybrid with random weights, and images to train on."""
     torch.manual_seed(args.seed)
     model = timm.create_model(args.model).eval().to(args.device)
-    conversion = msa2conv.convert(model, 0.7, data=torch.randn(8, 3, 224, 224), images=8, progress=False)
+    conversion = msa2conv.convert(
+        model, 0.7, data=torch.randn(8, 3, 224, 224), images=8, levers=("mixer", "ffn"), progress=False
+    )
     count = args.batch * args.steps
     return conversion, TensorDataset(torch.randn(count, 3, 224, 224), torch.randint(0, 1000, (count,)))
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UncountedOperator
-from .ops import IO, MixerSpec, TokenMixer
+from .ops import IO, Attend, MixerSpec, TokenMixer
 from .sites import AttentionSite, FFNSite, Observation, Site
 from .transforms.apply import apply_edits
 from .transforms.lift import lift
@@ -217,7 +217,7 @@ class CostModel:
         units: {FFN site path: multiply-adds of one hidden unit}.
         shapes: {site path: shape of its input at batch 1}.
         samples: {site path: ((tokens, multiply-adds of the module there on so many), ...)} of sites that can run on
-            fewer tokens: three points of a polynomial of degree two.
+            fewer tokens: three points of a polynomial of degree two, or two where it is linear.
     """
 
     base: int
@@ -249,15 +249,15 @@ class CostModel:
             shapes[site.path] = call.x
         units = {site.path: counts[site.path] - narrowed[site.path] for site in ffns}
         hosts = {s.path: s.hidden * units[s.path] if isinstance(s, FFNSite) else counts[s.path] for s in sites}
-        return cls(counts[""], hosts, units, shapes, _samples(model, seen, sites))
+        return cls(counts[""], hosts, units, shapes, _samples(model, seen, sites, counts))
 
     def mixer(self, site: AttentionSite, spec: MixerSpec, tokens: int | None = None) -> int:
         """Multiply-adds of a mixer at a site, on so many tokens (prefix tokens included), or on all."""
-        shape = self.shapes[site.path]
-        if tokens is not None:
+        if isinstance(spec, Attend):  # many of them, on many numbers of tokens
             assert site.merging is not None
-            shape = tuple(site.merging.input(shape, tokens).shape)
-        return _mixer_flops(spec, site.io, shape)
+            every = site.merging.tokens(site.merging.count)
+            return self._sequences(site) * spec.flops(every if tokens is None else tokens)
+        return _mixer_flops(spec, site.io, self.shapes[site.path])
 
     def ffn(self, site: FFNSite, kept: int) -> int:
         """Multiply-adds of `kept` hidden units of an FFN."""
@@ -283,8 +283,12 @@ class CostModel:
         assert site.merging is not None
         shape = self.shapes[site.path]
         channels = shape[1] if site.merging.arrangement == "b c h w" else shape[-1]
-        sequences = shape[1] if site.merging.arrangement == "n b c" else shape[0]
-        return site.merging.spec(keep).flops * channels * sequences
+        return site.merging.spec(keep).flops * channels * self._sequences(site)
+
+    def _sequences(self, site: Site) -> int:
+        """How many there are at batch 1: the windows, where they are folded into the batch."""
+        assert site.merging is not None
+        return self.shapes[site.path][1 if site.merging.arrangement == "n b c" else 0]
 
 
 @cache  # blocks are alike
@@ -292,22 +296,23 @@ def _mixer_flops(spec: MixerSpec, io: IO, shape: tuple[int, ...]) -> int:
     return 0 if spec.kind in ("skip", "identity") else flops_by_module(spec.build(io), torch.zeros(shape))[""]
 
 
-def _samples(model: nn.Module, seen: Observation, sites: Iterable[Site]) -> dict[str, Samples]:
+def _samples(
+    model: nn.Module, seen: Observation, sites: Iterable[Site], counts: Mapping[str, int]
+) -> dict[str, Samples]:
     known: dict[Any, Samples] = {}
     found = {}
     for site in sites:
-        call = seen.once(site.path)
-        if site.merging is None or call is None or call.x is None:
+        call, merging = seen.once(site.path), site.merging
+        if merging is None or call is None or call.x is None:
             continue
         module = model.get_submodule(site.path)
-        key = (repr(module), call.x, repr(call.arguments), site.merging)
+        key = (repr(module), call.x, repr(call.arguments), merging, counts[site.path])
         if key not in known:
-            called = Called(module, call.arguments)
-            tokens = site.merging.tokens(site.merging.count)
-            known[key] = tuple(
-                (count, flops_by_module(called, site.merging.input(call.x, count).to(seen.inputs))[""])
-                for count in (tokens, tokens - 1, tokens - 2)
-            )
+            called, every = Called(module, call.arguments), merging.tokens(merging.count)
+            fewer = (every - 1,) if isinstance(site, FFNSite) else (every - 1, every - 2)
+            inputs = [(tokens, merging.input(call.x, tokens).to(seen.inputs)) for tokens in fewer]
+            counted = [(tokens, flops_by_module(called, value)[""]) for tokens, value in inputs]
+            known[key] = ((every, counts[site.path]), *counted)
         found[site.path] = known[key]
     return found
 

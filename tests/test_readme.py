@@ -29,6 +29,7 @@ DOCUMENTS = [
     *(path for path in [ROOT / "CONTRIBUTING.md"] if path.exists()),
     *sorted((ROOT / "examples").glob("**/README.md")),
     ROOT / "recipes" / "README.md",
+    ROOT / "docs" / "levers.md",
 ]
 BLOCK = re.compile(
     r"(?P<not_run><!-- not run: \S[^>]* -->\s*)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL

@@ -37,6 +37,11 @@ class Attend(Spec):
     bias: bool = True
     sizes: Sizes | None = None
 
+    def flops(self, tokens: int) -> int:
+        """Multiply-adds on one sequence of so many tokens."""
+        widths = self.heads * (self.qk_dim + self.v_dim)
+        return 2 * tokens * self.dim * widths + tokens**2 * widths
+
     def build(self, io: IO) -> TokenMixer:
         return AttendMixer(self, io)
 

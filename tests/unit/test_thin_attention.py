@@ -15,7 +15,7 @@ from msa2conv import ThinAttention
 from msa2conv.cost import CostModel
 from msa2conv.layouts import Layout
 from msa2conv.levers.thin_attention import AttentionRecord, Thin, whole_attention
-from msa2conv.ops import IO, Sizes
+from msa2conv.ops import IO, Attend, Sizes
 from msa2conv.sites import AttentionSite, Merging, Projections, Rows
 
 DIM, HEADS, WIDTH, COUNT = 24, 4, 6, 17
@@ -177,3 +177,12 @@ def test_plain_attentions_have_thinner_ones(case: Case) -> None:
 def test_malformed_levers_are_refused(fields: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         ThinAttention.model_validate(fields)
+
+
+def test_it_costs_what_it_says() -> None:
+    """The formula, on any number of tokens, against the counter."""
+    from msa2conv.cost import count_flops
+
+    for heads, qk_dim, v_dim, tokens in ((3, 4, 8, 17), (1, 16, 2, 5)):
+        spec = Attend(dim=24, heads=heads, qk_dim=qk_dim, v_dim=v_dim, scale=1.0)
+        assert count_flops(spec.build(CALLED), torch.zeros(1, tokens, 24)) == spec.flops(tokens)
