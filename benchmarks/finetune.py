@@ -80,7 +80,8 @@ def main() -> None:
             note = f"""ViT-Ti/16 with ten classes (examples/clothing), {len(train):,} training photos of which 256
             calibrated, {len(val)} validation photos that picked the epoch, {len(test)} test photos. Lost: points of
             top-1 that the dense network is ahead, with the 95 % interval of the paired difference. KL: to the dense
-            network's answers. Levers: mixer and ffn. Local: one epoch, global and labels: {args.epochs}, batch {args.batch_size}."""
+            network's answers. Levers: mixer and ffn. Local: one epoch, global and labels: {args.epochs}, batch
+            {args.batch_size}."""
             write(
                 "finetune",
                 "python -m benchmarks.finetune --photos clothing10.npz",

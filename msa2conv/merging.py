@@ -10,12 +10,12 @@ tokens that may go, D tokens that may receive.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from .errors import LayoutMismatch, UnsupportedArgument
@@ -23,7 +23,10 @@ from .ops import IO, Arrangement, Sizes, Spec, Width, arranged, as_sequence
 from .standin import Standin
 
 Watch = Callable[[Tensor, Tensor, int], None]
-_SHARE = 3  # at most one in so many tokens goes in a round: with half of them, partners that fit badly are taken too
+Round = tuple[int, int]
+# Of the tokens of a round about a third goes at most: with half of them, partners that fit badly are taken too. Whole
+# numbers, so that every machine has the same rounds.
+_MOST, _PARTS = 22, 64
 
 
 class Merge(Spec):
@@ -45,6 +48,12 @@ class Merge(Spec):
     count: Width
     keep: Width
     sizes: Sizes | None = None
+
+    @model_validator(mode="after")
+    def _fewer(self) -> Merge:
+        if self.keep >= self.count:
+            raise ValueError(f"keep {self.keep} must be less than count {self.count}")
+        return self
 
     @property
     def flops(self) -> int:
@@ -76,6 +85,7 @@ class Merged(Standin):
     def __init__(self, host: nn.Module, spec: Merge, io: IO) -> None:
         super().__init__()
         self.host, self.spec, self.io = host, spec, io
+        self.schedule = rounds(spec.count, spec.keep)
         self.watch: Watch | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -84,7 +94,7 @@ class Merged(Standin):
         prefix_BPC, patches_BNC = self._split(x)
         batch, channels = len(patches_BNC), patches_BNC.shape[-1]
         grouped_BMC = patches_BNC.reshape(batch * spec.groups, spec.count, channels)
-        index_BM, sums_BKC, size_BK = match(grouped_BMC, spec.count, spec.keep, self.watch)
+        index_BM, sums_BKC, size_BK = match(grouped_BMC, self.schedule, self.watch)
         merged_BNC = (sums_BKC / size_BK[..., None]).reshape(batch, -1, channels)
         if spec.sizes is not None:
             size_BN = F.pad(size_BK.reshape(batch, -1), (spec.prefix, 0), value=1.0)
@@ -139,62 +149,66 @@ class Merged(Standin):
         return f"keep={spec.keep}, count={spec.count}" + (f", groups={spec.groups}" if spec.groups > 1 else "")
 
 
-def rounds(count: int, keep: int) -> list[tuple[int, int]]:
-    """(tokens, how many of them go) of every round."""
+def rounds(count: int, keep: int) -> list[Round]:
+    """As few rounds as `_MOST` allows, of equal shares: (tokens, how many of them go) of each."""
+    times, left = 0, count
+    while left > keep:
+        times, left = times + 1, left - _going(left, _MOST)
+    share = next((parts for parts in range(1, _MOST + 1) if _after(count, parts, times) <= keep), _MOST)
     found = []
     while count > keep:
-        going = min(count - keep, max(1, count // _SHARE))
-        found.append((count, going))
-        count -= going
+        found.append((count, min(count - keep, _going(count, share))))
+        count -= found[-1][1]
     return found
 
 
-def match(tokens_BMC: Tensor, total: int, keep: int, watch: Watch | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge similar tokens of every row of a batch until `keep` are left.
+def _going(count: int, parts: int) -> int:
+    return max(1, count * parts // _PARTS)
+
+
+def _after(count: int, parts: int, times: int) -> int:
+    for _ in range(times):
+        count -= _going(count, parts)
+    return count
+
+
+def match(tokens_BMC: Tensor, schedule: Sequence[Round], watch: Watch | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge similar tokens of every row of a batch.
 
     In a round every other token looks for the most similar one (cosine) among the others; the most similar pairs merge.
 
     Args:
         tokens_BMC: the tokens.
-        total: how many they are, M; told, since a tracer would take it for a value that changes.
-        keep: how many are left.
+        schedule: the rounds; told as numbers, since a tracer would take a shape for a value that changes.
         watch: see `Merged`.
 
     Returns:
         index_BM: which of the tokens that are left stands for each; sums_BKC: the sum of those it stands for; size_BK:
         how many these are.
     """
-    batch = len(tokens_BMC)
-    index_BM = torch.arange(total, device=tokens_BMC.device).expand(batch, -1)
-    sums_BMC, size_BM = tokens_BMC, tokens_BMC.new_ones(batch, total)
-    for count, going in rounds(total, keep):
-        unit_BMC = F.normalize(sums_BMC, dim=-1)
+    batch, sums_BMC, index_BM = len(tokens_BMC), tokens_BMC, None
+    for count, going in schedule:
+        unit_BMC = F.normalize(sums_BMC, dim=-1)  # a sum points where the mean does
         scores_BAD = torch.bmm(unit_BMC[:, ::2], unit_BMC[:, 1::2].transpose(1, 2))
         best_BA, partner_BA = scores_BAD.max(-1)
         if watch is not None:
             watch(best_BA, scores_BAD, going)
         staying = -(-count // 2) - going
         order_BA = best_BA.argsort(-1)  # those that stay come first
-        goes_BR = order_BA[:, staying:]
-        to_BR = partner_BA.gather(1, goes_BR)
-        gone_BRC, kept_BSC = torch.split(rows(sums_BMC, 2 * order_BA), [staying, going], 1)[::-1]
+        to_BR = partner_BA.gather(1, order_BA[:, staying:])
+        place_BA = 2 * order_BA
+        kept_BSC, gone_BRC = torch.split(rows(sums_BMC, place_BA), [staying, going], 1)
         received_BDC = sums_BMC[:, 1::2].scatter_add(1, to_BR[..., None].expand_as(gone_BRC), gone_BRC)
         sums_BMC = torch.cat((kept_BSC, received_BDC), 1)
-        kept_BS, gone_BR = (size_BM.gather(1, 2 * part) for part in (order_BA[:, :staying], goes_BR))
-        size_BM = torch.cat((kept_BS, size_BM[:, 1::2].scatter_add(1, to_BR, gone_BR)), 1)
-        index_BM = _renumbered(order_BA, to_BR, staying, count).gather(1, index_BM)
-    return index_BM, sums_BMC, size_BM
-
-
-def _renumbered(order_BA: Tensor, to_BR: Tensor, staying: int, count: int) -> Tensor:
-    """Of every token before a round its number behind it."""
-    batch, senders = len(order_BA), -(-count // 2)
-    places = torch.arange(staying, device=order_BA.device).expand(batch, -1)
-    of_senders_BA = torch.zeros_like(order_BA).scatter(1, order_BA, torch.cat((places, staying + to_BR), 1))
-    of_receivers_BD = torch.arange(staying, staying + count - senders, device=order_BA.device).expand(batch, -1)
-    token = torch.arange(count, device=order_BA.device)
-    both_BM = torch.cat((of_senders_BA, of_receivers_BD), 1)
-    return both_BM.index_select(1, token // 2 + token % 2 * senders)
+        number = (
+            torch.arange(count, device=sums_BMC.device) // 2
+        )  # behind this round: of those that stay, then receivers
+        of_senders_BA = torch.cat((number[: 2 * staying : 2].expand(batch, -1), to_BR + staying), 1)
+        new_BM = (number + staying).expand(batch, -1).scatter(1, place_BA, of_senders_BA)
+        index_BM = new_BM if index_BM is None else new_BM.gather(1, index_BM)
+    assert index_BM is not None
+    size_BK = sums_BMC.new_zeros(sums_BMC.shape[:2]).scatter_add(1, index_BM, torch.ones_like(tokens_BMC[..., 0]))
+    return index_BM, sums_BMC, size_BK
 
 
 def rows(tokens_BNC: Tensor, index_BM: Tensor) -> Tensor:

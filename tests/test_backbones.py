@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import msa2conv
+from msa2conv import MergeInSite, ThinAttention
 from msa2conv.cost import count_flops
 from msa2conv.layouts import Layout
 from msa2conv.levers.merge_in_site import MergeRecord
@@ -32,6 +33,8 @@ FAMILIES = pytest.mark.parametrize(
 )
 # What is left without the claimed attentions still looks at the whole map: class, channel or strided attention.
 NOT_LOCAL = ("levit", "efficientformer_v2", "gcvit")
+# Every kind of option, few of each.
+LEVERS = ("mixer", "ffn", MergeInSite(keep=(0.5,)), ThinAttention(shares=((1, 0.5, 0.5),)))
 NO_CHECKPOINTING = (
     "convit",
     "crossvit",
@@ -47,7 +50,7 @@ NO_CHECKPOINTING = (
 @cache
 def inspected(family: str) -> tuple[nn.Module, Inspection]:
     model = backbones.build(family)
-    return model, msa2conv.inspect(model, example_inputs=backbones.images(family, 1))
+    return model, msa2conv.inspect(model, example_inputs=backbones.images(family, 1), levers=LEVERS)
 
 
 @FAMILIES
@@ -66,7 +69,7 @@ def converted(family: str) -> msa2conv.Conversion:
     model, seen = inspected(family)
     images = backbones.images(family)
     target = max(0.8, 1.02 * seen.floor / seen.costs.base)
-    result = msa2conv.convert(model, target, data=images, example_inputs=images[:1], progress=False)
+    result = msa2conv.convert(model, target, data=images, example_inputs=images[:1], levers=LEVERS, progress=False)
     assert 0.99 * target <= result.plan.flops / result.plan.base.flops <= target
     return result
 

@@ -36,8 +36,7 @@ def attention(dim: int = 12, heads: int = 3) -> nn.Module:
 def by_hand(tokens_MC: Tensor, keep: int) -> list[set[int]]:
     """Which tokens end together: lists and loops, as the paper says it."""
     groups = [{position} for position in range(len(tokens_MC))]
-    while len(groups) > keep:
-        going = min(len(groups) - keep, max(1, len(groups) // 3))
+    for _, going in rounds(len(tokens_MC), keep):
         means = [tokens_MC[sorted(group)].mean(0) for group in groups]
         senders, receivers = list(range(0, len(groups), 2)), list(range(1, len(groups), 2))
         best: list[tuple[float, int, int]] = []
@@ -57,8 +56,9 @@ def by_hand(tokens_MC: Tensor, keep: int) -> list[set[int]]:
 @settings(max_examples=60, deadline=None)
 @given(count=st.integers(4, 24), share=st.floats(0.05, 0.95), channels=st.integers(2, 8), seed=st.integers(0, 10**6))
 def test_who_merges_with_whom_is_what_a_loop_finds(count: int, share: float, channels: int, seed: int) -> None:
-    tokens_BMC, keep = noise(2, count, channels, seed=seed).double(), max(1, round(share * count))
-    index_BM, sums_BKC, size_BK = match(tokens_BMC, count, keep)
+    tokens_BMC = noise(2, count, channels, seed=seed).double()
+    keep = min(count - 1, max(1, round(share * count)))
+    index_BM, sums_BKC, size_BK = match(tokens_BMC, rounds(count, keep))
     assert index_BM.shape == (2, count) and size_BK.shape == (2, keep)
     for image in range(2):
         together = [set((index_BM[image] == token).nonzero().flatten().tolist()) for token in range(keep)]
@@ -70,11 +70,21 @@ def test_who_merges_with_whom_is_what_a_loop_finds(count: int, share: float, cha
 
 @given(count=st.integers(4, 300), keep=st.integers(1, 299))
 def test_at_most_a_third_goes_in_a_round(count: int, keep: int) -> None:
-    left = count
-    for before, going in rounds(count, keep):
-        assert before == left and 1 <= going <= max(1, before // 3)
+    left, found = count, rounds(count, keep)
+    for before, going in found:
+        assert before == left and 1 <= going <= max(1, 0.344 * before)
         left -= going
     assert left == min(count, keep)
+
+
+def test_rounds_are_few_and_alike() -> None:
+    assert rounds(196, 131) == [(196, 65)]
+    assert rounds(196, 98) == [(196, 58), (138, 40)]
+    for count, keep, times in ((196, 69, 3), (196, 39, 4), (196, 20, 6), (256, 128, 2)):
+        found = rounds(count, keep)
+        assert len(found) == times
+        shares = [going / before for before, going in found if before > 30]
+        assert max(shares) - min(shares) < 0.06
 
 
 def twins(prefix: int, pairs: int, dim: int = 12) -> Tensor:
