@@ -49,8 +49,18 @@ def images(count: int = 16, size: int = 32, seed: int = 0) -> Tensor:
 @functools.cache
 def converted(kind: str = "vit") -> Conversion:
     """A conversion that all tests share and none alters: half the FLOPs, so that mixers are in use."""
+    return _converted(kind, None)
+
+
+@functools.cache
+def replaced(kind: str = "vit") -> Conversion:
+    """The same without merging, further from the original: something is left to learn."""
+    return _converted(kind, ("mixer", "ffn"))
+
+
+def _converted(kind: str, levers: tuple[str, ...] | None) -> Conversion:
     model, size = (vit(), 32) if kind == "vit" else (swin(), 56)
-    result = msa2conv.convert(model, 0.5, data=images(size=size), levers=("mixer", "ffn"))
+    result = msa2conv.convert(model, 0.5, data=images(size=size), levers=levers)
     assert any(isinstance(module, TokenMixer) for module in result.model.modules())
     return result
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import converted, files, images, snapshot, swin, vit
+from models import files, images, replaced, snapshot, swin, vit
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -451,7 +451,7 @@ def test_gate_without_its_branch(refused: Refused) -> None:
 
 
 def test_loss_that_diverges(refused: Refused) -> None:
-    model, hybrid = vit(), copy.deepcopy(converted().model)
+    model, hybrid = vit(), copy.deepcopy(replaced().model)
     text = "distillation step 1: found a loss of nan; expected a finite loss. Lower the learning rate."
     with refused(NonFiniteValue, text, model, hybrid):
         msa2conv.distill(hybrid, model, images(), 3, lr=float("inf"))
@@ -712,7 +712,7 @@ def test_training_images_of_other_classes(refused: Refused) -> None:
         "train: found labels from 3 to 12; expected the 10 classes of the model. "
         "Pass labels=False to learn from the teacher alone."
     )
-    result = converted()
+    result = replaced()
     with refused(InvalidTrainingData, text, result.model, result.original):
         finetune(result, [(images(2), torch.tensor([3, 12]))], stages=["labels"], progress=False)
 
@@ -721,7 +721,7 @@ def test_training_without_accelerate(refused: Refused, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "accelerate", None)
     text = "training: found no accelerate; expected Hugging Face accelerate. pip install 'msa2conv[train]'"
     with refused(MissingDependency, text):
-        finetune(converted(), PAIRS)
+        finetune(replaced(), PAIRS)
     with refused(MissingDependency, text):
         train_gates(searching(), PAIRS)
 
@@ -735,7 +735,7 @@ def test_accelerate_set_up_for_what_is_not_supported(refused: Refused) -> None:
         "without accumulation. Run `accelerate config` again; micro_batch accumulates gradients within a step."
     )
     with refused(InvalidArgument, text):
-        finetune(converted(), PAIRS, accelerator=Accelerator(cpu=True, gradient_accumulation_steps=2))
+        finetune(replaced(), PAIRS, accelerator=Accelerator(cpu=True, gradient_accumulation_steps=2))
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
@@ -788,15 +788,15 @@ WANTED = (
 
 
 def test_plan_of_another_architecture(refused: Refused, tmp_path: Path) -> None:
-    other, path = vit(depth=1), converted().save(tmp_path / "hybrid.safetensors")
+    other, path = vit(depth=1), replaced().save(tmp_path / "hybrid.safetensors")
     with refused(ArchitectureMismatch, f"model: found {SMALLER}; expected {WANTED}", other):
-        apply(converted().plan, other)
+        apply(replaced().plan, other)
     with refused(ArchitectureMismatch, f"model: found {SMALLER}; expected {WANTED}", other):
         load(path, other)
 
 
 def test_plan_that_timm_cannot_rebuild(refused: Refused, tmp_path: Path) -> None:
-    path, kind = converted().save(tmp_path / "hybrid.safetensors"), "timm.models.vision_transformer.VisionTransformer"
+    path, kind = replaced().save(tmp_path / "hybrid.safetensors"), "timm.models.vision_transformer.VisionTransformer"
     text = f"{path}: found a Plan for {kind} without a builder; expected the original architecture as second argument. "
     with refused(ArchitectureMismatch, text + f"Call load('hybrid.safetensors', model) with an instance of {kind}."):
         load(path)
@@ -808,12 +808,12 @@ def test_calibration_of_another_model(refused: Refused, other: str) -> None:
     model.head.bias.data.add_(1)
     text = "calibration: found a Calibration of another model or other weights; expected one of this model. "
     with refused(ArchitectureMismatch, text + "Calibrate again.", model):
-        convert(model, 0.5, calibration=converted().calibration)
+        convert(model, 0.5, calibration=replaced().calibration)
 
 
 def test_unusable_calibration_files(refused: Refused, tmp_path: Path) -> None:
-    claims, hybrid = msa2conv.inspect(vit()).claims, converted().save(tmp_path / "hybrid.safetensors")
-    path = converted().calibration.save(tmp_path / "calibration.safetensors")
+    claims, hybrid = msa2conv.inspect(vit()).claims, replaced().save(tmp_path / "hybrid.safetensors")
+    path = replaced().calibration.save(tmp_path / "calibration.safetensors")
     tensors, metadata = read_tensors(path)
     about = json.loads(metadata["msa2conv.calibration"])
     old = tmp_path / "old.safetensors"
@@ -833,7 +833,7 @@ def test_unusable_calibration_files(refused: Refused, tmp_path: Path) -> None:
 
 def test_files_that_are_not_hybrids(refused: Refused, tmp_path: Path) -> None:
     model, path = vit(), tmp_path / "file.safetensors"
-    whole = converted().save(path).read_bytes()
+    whole = replaced().save(path).read_bytes()
     again = "expected a .safetensors file. Copy or write the file again."
     unlucky = b"\x80\x02" + bytes(6) + b"{" + bytes(99)  # a header of 640 bytes starts like a pickle
     for content in (whole[:-100], whole[: len(whole) // 2], whole[:4], bytes(range(1, 255)), b"", unlucky):
@@ -927,7 +927,7 @@ def test_weights_that_are_no_state_dict(refused: Refused, tmp_path: Path, conten
 
 def rewritten(path: Path, change: Callable[[dict[str, Any]], Any], **tensors: Tensor | None) -> Path:
     """A saved hybrid with another plan and other tensors."""
-    kept, metadata = read_tensors(converted().save(path))
+    kept, metadata = read_tensors(replaced().save(path))
     plan = json.loads(metadata[PLAN_KEY])
     change(plan)
     new = {name: value for name, value in (kept | tensors).items() if value is not None}
@@ -1069,7 +1069,7 @@ def test_tensors_that_contradict_the_plan(refused: Refused, tmp_path: Path, tens
 
 
 def test_tensors_that_do_not_fit_an_applied_plan(refused: Refused) -> None:
-    model, plan = vit(), converted().plan
+    model, plan = vit(), replaced().plan
     with refused(InvalidPlan, f"head.bias: found shape (10,) in the model; expected a tensor of …. {PLAN_HINT}", model):
         apply(plan, model, {"head.bias": torch.zeros(3)})
     with refused(InvalidPlan, f"nose: found no such parameter; expected a tensor of shape (3,). {PLAN_HINT}", model):
@@ -1080,7 +1080,7 @@ def test_tensors_that_do_not_fit_an_applied_plan(refused: Refused) -> None:
 
 
 def test_output_paths_that_cannot_be_written(refused: Refused, tmp_path: Path) -> None:
-    result, folder = converted(), tmp_path / "folder.safetensors"
+    result, folder = replaced(), tmp_path / "folder.safetensors"
     folder.mkdir()
     (tmp_path / "file").write_text("mine")
     text = "expected a path where a file can be written. Choose another output path."
@@ -1104,7 +1104,7 @@ def test_a_full_disk(refused: Refused, tmp_path: Path, monkeypatch: pytest.Monke
     path, text = tmp_path / "hybrid.safetensors", "found a file that could not be written whole (…space left on device)"
     hint = "expected a disk with room for it. Free some space, or choose another output path."
     with refused(InvalidOutputPath, f"{path}: {text}; {hint}"):
-        converted().save(path)
+        replaced().save(path)
 
 
 # ------------------------------------------------------------------------------------------------ hybrids that are run
@@ -1176,7 +1176,7 @@ def test_mixer_called_with_what_it_cannot_honour(refused: Refused, arguments: di
 
 def test_broken_guarantees(refused: Refused) -> None:
     """`verify` is what stands between a bug and a wrong hybrid: feed it wrong ones."""
-    model, result = vit(), converted()
+    model, result = vit(), replaced()
     seen, data = msa2conv.inspect(model), images(2)
     chosen = {
         path: next(option for option in options if option.name == result.plan.choices[path])

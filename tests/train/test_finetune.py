@@ -16,7 +16,7 @@ from typing import Any
 import backbones
 import pytest
 import torch
-from models import converted, images, same, seeded, swin, vit
+from models import images, replaced, same, seeded, swin, vit
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
@@ -45,7 +45,7 @@ STAGES = [{"kind": "local"}, {"kind": "distill", "epochs": 2, "ema": 0.9, "mixup
 
 
 def tuned(conversion: Conversion | None = None, train: Any = TRAIN, val: Any = None, **other: Any) -> Conversion:
-    return finetune(conversion or converted(), train, val, **{**SHORT, "stages": STAGES, **other})
+    return finetune(conversion or replaced(), train, val, **{**SHORT, "stages": STAGES, **other})
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def far(model: nn.Module) -> float:
 
 
 def test_imitation_brings_a_hybrid_closer_to_its_original() -> None:
-    before = converted()
+    before = replaced()
     after = finetune(before, images(256, seed=1), epochs=4, lr=2e-4, **SHORT)
     assert far(after.model) < 0.7 * far(before.model)
     training = after.report.training
@@ -81,7 +81,7 @@ def test_one_epoch_at_every_site_by_itself_helps_already() -> None:
 
 
 def test_labels_are_learned() -> None:
-    before = converted()
+    before = replaced()
     after = finetune(before, TRAIN, teacher=None, epochs=12, lr=2e-3, **SHORT)
     right = [(outputs(result.model, TRAIN.tensors[0]).argmax(1) == LABELS).float().mean() for result in (before, after)]
     assert right[1] > right[0] + 0.3
@@ -90,7 +90,7 @@ def test_labels_are_learned() -> None:
 
 def test_what_a_plan_says_stays_true(complete: Conversion) -> None:
     """The same plan, class and cost; a saved result comes back bit for bit."""
-    before = converted()
+    before = replaced()
     assert complete.plan == before.plan and type(complete.model) is type(before.model)
     assert count_flops(complete.model, images(1)) == complete.plan.flops
     assert not complete.model.training and {type(m) for m in complete.model.modules()} == {
@@ -134,17 +134,17 @@ def test_the_best_state_is_kept(complete: Conversion) -> None:
 
 
 def test_a_training_that_only_harms_returns_the_start() -> None:
-    after = finetune(converted(), TRAIN, VAL, stages=["distill"], labels=False, lr=0.5, **SHORT)
+    after = finetune(replaced(), TRAIN, VAL, stages=["distill"], labels=False, lr=0.5, **SHORT)
     training = after.report.training
     assert training is not None and training.best is not None and training.best["stage"] == "start"
     assert training.metric == "top1" or training.metric == "distance"
-    assert same(after.model, converted().model)
+    assert same(after.model, replaced().model)
 
 
 def test_attention_fades_out_and_is_gone() -> None:
     stages = [Stage(kind="distill", epochs=2, anneal=0.6, labels=0.0)]
     after = tuned(stages=stages, val=VAL)
-    assert after.model.state_dict().keys() == converted().model.state_dict().keys()
+    assert after.model.state_dict().keys() == replaced().model.state_dict().keys()
     assert any(isinstance(module, TokenMixer) for module in after.model.modules())
     assert not same(
         tuned(stages=stages).model,
@@ -188,17 +188,17 @@ def test_hidden_states_that_do_not_agree_are_said_aloud() -> None:
 
 def test_another_teacher_with_the_same_classes() -> None:
     other = seeded(swin(img_size=32, window_size=4), seed=3)
-    after = finetune(converted(), TRAIN, teacher=other, stages=[Stage(kind="distill", hard=True)], **SHORT)
+    after = finetune(replaced(), TRAIN, teacher=other, stages=[Stage(kind="distill", hard=True)], **SHORT)
     assert after.report.training is not None and after.report.training.teacher == "SwinTransformer"
     with pytest.raises(
         ArchitectureMismatch, match=r"^teacher: found outputs of shape \(3,\); expected \(10,\), as the"
     ):
-        finetune(converted(), TRAIN, teacher=vit(num_classes=3), **SHORT)
+        finetune(replaced(), TRAIN, teacher=vit(num_classes=3), **SHORT)
 
 
 def test_swin_and_feature_maps() -> None:
     """Windows, shifted and padded; a backbone without a classifier imitates features."""
-    after = finetune(converted("swin"), images(24, 56, seed=1), stages=["local", "distill"], **SHORT)
+    after = finetune(replaced("swin"), images(24, 56, seed=1), stages=["local", "distill"], **SHORT)
     assert count_flops(after.model, images(1, 56)) == after.plan.flops
     model = vit(num_classes=0)
     plain = msa2conv.convert(model, 0.5, data=images(16), progress=False)
@@ -291,7 +291,7 @@ def test_a_conversion_comes_back_and_can_learn_on(tmp_path: Path, complete: Conv
 
 
 def test_a_conversion_without_its_original(tmp_path: Path) -> None:
-    converted().save(tmp_path)
+    replaced().save(tmp_path)
     back = Conversion.load(tmp_path / "model.safetensors", vit())
     assert back.report.flops_after == back.plan.flops and back.original is None
     text = (
@@ -661,7 +661,7 @@ def test_a_hybrid_in_which_nothing_may_learn() -> None:
 
 
 def test_which_sites_learn_by_themselves() -> None:
-    paths = changed(converted())
-    assert paths and set(paths) <= set(converted().plan.choices)
-    kept = [site for site, option in converted().plan.choices.items() if option in ("attention", "skip")]
+    paths = changed(replaced())
+    assert paths and set(paths) <= set(replaced().plan.choices)
+    kept = [site for site, option in replaced().plan.choices.items() if option in ("attention", "skip")]
     assert not set(paths) & set(kept)
