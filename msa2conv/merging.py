@@ -187,12 +187,15 @@ def match(tokens_BMC: Tensor, schedule: Sequence[Round], watch: Watch | None = N
         how many these are.
     """
     batch, sums_BMC, index_BM = len(tokens_BMC), tokens_BMC, None
+    half = torch.arange(schedule[0][0], device=tokens_BMC.device) // 2  # 0 0 1 1 2 2 ...
     for count, going in schedule:
-        unit_BMC = F.normalize(sums_BMC, dim=-1)  # a sum points where the mean does
-        scores_BAD = torch.bmm(unit_BMC[:, ::2], unit_BMC[:, 1::2].transpose(1, 2))
-        best_BA, partner_BA = scores_BAD.max(-1)
+        # Cosines of sums, which point where the means do; a sender's own length does not change its choice.
+        length_BM = torch.linalg.vector_norm(sums_BMC, dim=-1).clamp_min(1e-12)
+        products_BAD = torch.bmm(sums_BMC[:, ::2], sums_BMC[:, 1::2].transpose(1, 2)) / length_BM[:, None, 1::2]
+        best_BA, partner_BA = products_BAD.max(-1)
+        best_BA = best_BA / length_BM[:, ::2]
         if watch is not None:
-            watch(best_BA, scores_BAD, going)
+            watch(best_BA, products_BAD / length_BM[:, ::2, None], going)
         staying = -(-count // 2) - going
         order_BA = best_BA.argsort(-1)  # those that stay come first
         to_BR = partner_BA.gather(1, order_BA[:, staying:])
@@ -200,11 +203,9 @@ def match(tokens_BMC: Tensor, schedule: Sequence[Round], watch: Watch | None = N
         kept_BSC, gone_BRC = torch.split(rows(sums_BMC, place_BA), [staying, going], 1)
         received_BDC = sums_BMC[:, 1::2].scatter_add(1, to_BR[..., None].expand_as(gone_BRC), gone_BRC)
         sums_BMC = torch.cat((kept_BSC, received_BDC), 1)
-        number = (
-            torch.arange(count, device=sums_BMC.device) // 2
-        )  # behind this round: of those that stay, then receivers
-        of_senders_BA = torch.cat((number[: 2 * staying : 2].expand(batch, -1), to_BR + staying), 1)
-        new_BM = (number + staying).expand(batch, -1).scatter(1, place_BA, of_senders_BA)
+        # Behind this round those that stay come first, then the receivers.
+        of_senders_BA = torch.cat((half[: 2 * staying : 2].expand(batch, -1), to_BR + staying), 1)
+        new_BM = (half[:count] + staying).expand(batch, -1).scatter(1, place_BA, of_senders_BA)
         index_BM = new_BM if index_BM is None else new_BM.gather(1, index_BM)
     assert index_BM is not None
     size_BK = sums_BMC.new_zeros(sums_BMC.shape[:2]).scatter_add(1, index_BM, torch.ones_like(tokens_BMC[..., 0]))
