@@ -219,12 +219,14 @@ class _VersionOnly(BaseModel):
 
 
 def _order(sign: str) -> int:
-    return "-=cg".find(sign) if sign in "-=cg" else 99 if sign == "M" else 10
+    return "-=cg".find(sign) if sign in "-=cg" else {"A": 98, "M": 99}.get(sign, 10)
 
 
 def symbol(option: str) -> str:
     """One or two characters for an option name: 'conv3x3' -> '3'."""
     option = _inner(option)
+    if option.startswith("attend"):
+        return "A"
     conv = re.match(r"conv(\d+)x", option)
     return conv[1] if conv else SYMBOLS.get(option, option[:2])
 

@@ -940,6 +940,7 @@ def edit(**fields: Any) -> Callable[[dict[str, Any]], None]:
 
 
 HUGE = {"kind": "constant", "layout": {"grid": [4, 4], "prefix": 1}, "dim": 65536}
+WRAP = {"kind": "wrap", "path": "blocks.0.mlp", "spec": {"prefix": 1, "count": 16, "keep": 8}, "io": {}}
 FORWARD = {"kind": "set", "path": "blocks.0", "name": "forward", "value": 1}
 MIXER = {"kind": "conv", "layout": {"grid": [4, 4], "prefix": 1}, "dim": 48, "kernel": 3, "rank": 16, "norm": "batch"}
 START = {"kind": "replace", "path": "blocks.0.attn", "spec": MIXER, "io": {}}
@@ -1006,6 +1007,21 @@ TWICE = {"kind": "slice", "path": "blocks.0.norm1.bias", "dim": 0}
                     "norm, of side 1 or 3 and as wide as one head of them",
                 ),
             )
+        ),
+        (
+            lambda plan: plan["edits"].extend([WRAP, WRAP]),
+            "blocks.0.mlp",
+            f"a module whose tokens are merged already; expected one merge at a module. {PLAN_HINT}",
+        ),
+        (
+            edit(**WRAP | {"path": "blocks.0.nose"}),
+            "blocks.0.nose",
+            f"no submodule 'nose' in Block; expected an existing module. {PLAN_HINT}",
+        ),
+        (
+            edit(**WRAP | {"spec": {"count": 16, "keep": 16}}),
+            None,
+            f"value error, keep 16 must be less than count 16 at edits.…; expected {DAMAGED_PLAN}",
         ),
         (edit(**FORWARD), "blocks.0.forward", f"int for a missing attribute; expected an existing …. {PLAN_HINT}"),
         (edit(kind="call", path="head"), None, f"input tag 'call' …'wrap' at edits.…; expected {DAMAGED_PLAN}"),

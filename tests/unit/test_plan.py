@@ -47,6 +47,23 @@ def test_the_picture() -> None:
     assert str(plan_of(CHOICES)) == PICTURE
 
 
+MERGED = """\
+vit_tiny   1.26 -> 0.88 GFLOPs (70.0%)   5.7 -> 4.1 M params
+block     0    1    2
+mixer     M    A    g
+tokens        98     
+ffn     100   50  100 %
+tokens  165      1568
+
+g global  A attend3x32x64  M attention  % hidden units kept  tokens: patches that are left inside"""
+
+
+def test_the_picture_of_merged_tokens() -> None:
+    attentions = {"blocks.0.attn": "attention", "blocks.1.attn": "attend3x32x64@98", "blocks.2.attn": "global"}
+    ffns = {"blocks.0.mlp": "192/192@165", "blocks.1.mlp": "96/192", "blocks.2.mlp": "192/192@1568"}
+    assert str(plan_of(attentions | ffns)) == MERGED
+
+
 def test_a_deep_network_is_drawn_in_rows_of_twelve() -> None:
     lines = str(plan_of({f"blocks.{i}.attn": "global" for i in range(14)})).splitlines()
     assert lines[1] == "block " + "".join(f"{i:4d}" for i in range(12))
@@ -55,8 +72,8 @@ def test_a_deep_network_is_drawn_in_rows_of_twelve() -> None:
 
 
 def test_symbols() -> None:
-    names = ("skip", "identity", "constant", "global", "attention", "conv1x1", "conv3x3", "conv15x15")
-    assert [symbol(name) for name in names] == ["-", "=", "c", "g", "M", "1", "3", "15"]
+    names = ("skip", "identity", "constant", "global", "attention", "conv1x1", "conv3x3", "conv15x15", "attend2x8x8@9")
+    assert [symbol(name) for name in names] == ["-", "=", "c", "g", "M", "1", "3", "15", "A"]
 
 
 def test_the_picture_of_a_real_plan_has_one_column_a_block(case: Case) -> None:
