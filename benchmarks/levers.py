@@ -34,7 +34,7 @@ VARIANTS = {
     **{f"all but {name}": tuple(other for other in DEFAULT if other != name) for name in DEFAULT},
     "mixer and ffn": EARLIER,
 }
-MERGED_A_BLOCK = {0.9: 3, 0.8: 6, 0.7: 9, 0.6: 12, 0.5: 16}  # r of token merging that comes close to each budget
+MERGED_A_BLOCK = {0.9: 3, 0.8: 6, 0.7: 9, 0.6: 12, 0.5: 16}  # r of token merging that takes as much or a little more
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--photos", type=Path, required=True)
     parser.add_argument("--targets", type=float, nargs="+", default=list(MERGED_A_BLOCK))
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--images", type=int, default=256, help="photos that calibrate; the others evaluate")
     parser.add_argument("--resume", type=Path, help="folder from which an interrupted calibration continues")
     parser.add_argument("--seed", type=int, default=0)

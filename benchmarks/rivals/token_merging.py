@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -36,14 +37,20 @@ class TokenMerging(nn.Module):
         return out
 
     def _block(self, block: Block, x_BNC: Tensor, size_BN: Tensor, going: int) -> tuple[Tensor, Tensor]:
-        seen_BNC = block.norm1(x_BNC)
-        x_BNC = x_BNC + block.ls1(block.attn(seen_BNC, attn_mask=size_BN.log()[:, None, None, :]))
+        out_BNC, key_BND = _attend(block.attn, block.norm1(x_BNC), size_BN)
+        x_BNC = x_BNC + block.ls1(out_BNC)
         if going:
-            attention, dim = block.attn, seen_BNC.shape[-1]
-            keys_BNC = F.linear(seen_BNC, attention.qkv.weight[dim : 2 * dim], attention.qkv.bias[dim : 2 * dim])
-            metric_BND = torch.unflatten(keys_BNC, -1, (attention.num_heads, -1)).mean(-2)
-            x_BNC, size_BN = _merge(metric_BND[:, 1:], x_BNC, size_BN, going)
+            x_BNC, size_BN = _merge(key_BND[:, 1:], x_BNC, size_BN, going)
         return x_BNC + block.ls2(block.mlp(block.norm2(x_BNC))), size_BN
+
+
+def _attend(attention: Attention, x_BNC: Tensor, size_BN: Tensor) -> tuple[Tensor, Tensor]:
+    """Proportional attention, and the mean of the heads' keys, which cost nothing more."""
+    batch, count, dim = x_BNC.shape
+    q, k, v = attention.qkv(x_BNC).reshape(batch, count, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    mask = size_BN.log()[:, None, None, :]
+    found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attention.scale)
+    return attention.proj(found.transpose(1, 2).reshape(batch, count, dim)), k.mean(1)
 
 
 def _merge(metric_BMD: Tensor, x_BNC: Tensor, size_BN: Tensor, going: int) -> tuple[Tensor, Tensor]:
