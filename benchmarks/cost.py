@@ -1,8 +1,9 @@
 """What a conversion costs: wall time and peak memory of one calibration, and of a second budget from it.
 
     python -m benchmarks.cost --models vit_tiny_patch16_224 deit_small_patch16_224
+    python -m benchmarks.cost --compare --models vit_tiny_patch16_224      # what each lever adds to that
 
-Random weights (time does not depend on them), 256 random images. One process per model, so that peaks do not mix.
+Random weights (time does not depend on them), 256 random images. One process per row, so that peaks do not mix.
 """
 
 from __future__ import annotations
@@ -16,37 +17,58 @@ import timm
 import torch
 
 import msa2conv
+from msa2conv.levers import DEFAULT
 
 from .common import peak_gib, write
 
 MODELS = ("vit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224")
+COMPARED = (("mixer", "ffn"), ("mixer", "ffn", "merge_in_site"), DEFAULT)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--levers", nargs="+", default=DEFAULT)
+    parser.add_argument("--compare", action="store_true", help="several sets of levers, with ratios to the first")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(measure(args.models[0], args.images, args.seed))
+        print(measure(args.models[0], tuple(args.levers), args.images, args.seed))
         return
+    note = __doc__.split("\n\n")[2]
     rows = []
     for name in args.models:
-        call = [sys.executable, "-m", "benchmarks.cost", "--one", "--models", name, "--images", str(args.images)]
-        text = subprocess.run(call, check=True, capture_output=True, text=True).stdout.strip().splitlines()[-1]
-        rows.append({"model": name, **dict(pair.split("=") for pair in text.split())})
-        print(rows[-1], flush=True)
-        write("cost", "python -m benchmarks.cost", args.seed, rows, __doc__.split("\n\n")[2], key="model")
+        found = []
+        for levers in COMPARED if args.compare else (args.levers,):
+            call = [sys.executable, "-m", "benchmarks.cost", "--one", "--models", name, "--images", str(args.images)]
+            text = subprocess.run([*call, "--levers", *levers], check=True, capture_output=True, text=True).stdout
+            found.append(dict(pair.split("=") for pair in text.strip().splitlines()[-1].split()))
+            row = {"model": name, "levers": ", ".join(levers), **found[-1]}
+            if args.compare:
+                row["first / first row"] = f"{float(found[-1]['first_s']) / float(found[0]['first_s']):.2f}"
+            rows.append(row)
+            print(row, flush=True)
+        if args.compare:
+            write("cost_levers", "python -m benchmarks.cost --compare", args.seed, rows, note, key="model")
+        else:
+            write(
+                "cost",
+                f"python -m benchmarks.cost --levers {' '.join(args.levers)}",
+                args.seed,
+                rows,
+                note,
+                key="model",
+            )
 
 
-def measure(name: str, images: int, seed: int) -> str:
+def measure(name: str, levers: tuple[str, ...], images: int, seed: int) -> str:
     torch.manual_seed(seed)
     model = timm.create_model(name).eval()
     data = torch.randn(images, 3, 224, 224)
     started = time.perf_counter()
-    result = msa2conv.convert(model, 0.8, data=data, images=images)
+    result = msa2conv.convert(model, 0.8, data=data, images=images, levers=levers)
     first = time.perf_counter() - started
     started = time.perf_counter()
     msa2conv.convert(model, 0.7, data=data, calibration=result.calibration)

@@ -6,6 +6,7 @@ they lie, and takes fewer of them. Relative positions, rotary embeddings and win
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -94,16 +95,13 @@ def _merging(site: Site, module: nn.Module, call: Call, prefix_of_block: int) ->
     if arrangement is None:
         return f"its tokens {call.x} are no sequence and no map"
     shape = list(call.x or ())
-    total = (
-        shape[{"b n c": 1, "n b c": 0}[arrangement]] if arrangement in ("b n c", "n b c") else _area(shape, arrangement)
-    )
-    prefix = site.layout.prefix
-    if isinstance(site, FFNSite) and arrangement == "n b c":
-        prefix = prefix_of_block
-    count = _group(total - prefix)
+    unseen = isinstance(site, FFNSite) and arrangement == "n b c"  # an FFN's Layout knows no such prefix
+    prefix = prefix_of_block if unseen else site.layout.prefix
+    patches = math.prod(size for size, axis in zip(shape, arrangement.split(), strict=True) if axis in "nhw") - prefix
+    count = _group(patches)
     if count is None:
-        return f"its {total - prefix} patches cannot be cut into groups of {_FEWEST} to {_MOST}"
-    merging = Merging(arrangement, prefix, (total - prefix) // count, count, _io(site, module, call))
+        return f"its {patches} patches cannot be cut into groups of {_FEWEST} to {_MOST}"
+    merging = Merging(arrangement, prefix, patches // count, count, _io(site, module, call))
     try:
         with torch.no_grad():
             return _tried(site, merging, Called(module, call.arguments), shape)
@@ -119,10 +117,6 @@ def _arrangement(site: Site, x: tuple[int, ...]) -> Arrangement | None:
     if isinstance(site, AttentionSite):
         return "n b c" if site.layout.pattern == "(h w) b c" else "b n c"
     return "n b c" if x[1] == 1 < x[0] else "b n c"
-
-
-def _area(shape: list[int], arrangement: Arrangement) -> int:
-    return shape[1] * shape[2] if arrangement == "b h w c" else shape[2] * shape[3]
 
 
 def _group(patches: int) -> int | None:
@@ -150,9 +144,7 @@ def _tried(site: Site, merging: Merging, call: Called, shape: list[int]) -> Merg
     channels = shape[1] if merging.arrangement == "b c h w" else shape[-1]
     tokens_BNC = torch.randn(sequences, total, channels, generator=generator).to(like)
     few = merging.prefix + merging.groups * keep
-    chosen = torch.cat((torch.arange(merging.prefix), merging.prefix + _shuffled(total - merging.prefix, generator)))[
-        :few
-    ]
+    chosen = _shuffled(merging.prefix, total, generator)[:few]
     few_BNC = tokens_BNC[:, chosen]
 
     def run(tokens: Tensor, **more: Any) -> Tensor:
@@ -165,7 +157,7 @@ def _tried(site: Site, merging: Merging, call: Called, shape: list[int]) -> Merg
         return "a token's answer depends on other tokens or on its place"
     if not _same(run(tokens_BNC), whole_BNC):
         return "its tokens are several sequences"
-    order = torch.cat((torch.arange(merging.prefix), merging.prefix + _shuffled(few - merging.prefix, generator)))
+    order = _shuffled(merging.prefix, few, generator)
     plain = run(few_BNC)
     if not _same(run(few_BNC[:, order]), plain[:, order]):
         return "it treats patches differently by their places"
@@ -190,8 +182,9 @@ def _told(module: nn.Module) -> Iterator[Sizes]:
             yield Sizes(argument=name, shape="b n")
 
 
-def _shuffled(count: int, generator: torch.Generator) -> Tensor:
-    return torch.randperm(count, generator=generator)
+def _shuffled(prefix: int, tokens: int, generator: torch.Generator) -> Tensor:
+    """The prefix tokens, then the patches in any order."""
+    return torch.cat((torch.arange(prefix), prefix + torch.randperm(tokens - prefix, generator=generator)))
 
 
 def _same(found: Tensor, expected: Tensor) -> bool:
