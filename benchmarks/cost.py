@@ -22,7 +22,7 @@ from msa2conv.levers import DEFAULT
 from .common import peak_gib, write
 
 MODELS = ("vit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224")
-COMPARED = (("mixer", "ffn"), ("mixer", "ffn", "merge_in_site"), DEFAULT)
+COMPARED = (("mixer", "ffn"), DEFAULT)
 
 
 def main() -> None:

@@ -111,7 +111,13 @@ def run(args: argparse.Namespace) -> list[dict[str, object]]:
     row("dense, trained on", more, 1.0, reference, f"0 + {args.epochs}", 0)
     searches: dict[str, Callable[[], msa2conv.Conversion]] = {
         "calibrated": lambda: msa2conv.convert(
-            dense, args.target, data=training[0], images=args.calibration_images, seed=args.seed, progress=args.progress
+            dense,
+            args.target,
+            data=training[0],
+            images=args.calibration_images,
+            seed=args.seed,
+            progress=args.progress,
+            levers=("mixer", "ffn"),  # what gates can decide, too
         ),
         "gates (sampled)": lambda: by_gates(dense, training, Gates(), args),
         "gates (annealed)": lambda: by_gates(dense, training, Gates(sampling="annealed"), args),
