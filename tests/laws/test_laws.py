@@ -84,7 +84,7 @@ def test_lowering_is_exact_for_every_option_of_every_site(case: Case) -> None:
 def every_kind(options: list[Option]) -> list[Option]:
     """All that stand alone, and some of those that merge tokens too: the sparsest and a few between."""
     merged = [option for option in options if option.inner is not None]
-    return [option for option in options if option.inner is None] + merged[:: max(1, len(merged) // 5)] + merged[-1:]
+    return [option for option in options if option.inner is None] + merged[:: max(1, len(merged) // 2)] + merged[-1:]
 
 
 def test_lowering_is_exact_for_the_chosen_plan_and_for_random_ones(case: Case) -> None:
