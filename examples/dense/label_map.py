@@ -74,7 +74,9 @@ def main() -> None:
         f"the same label as the original, at {args.flops:.0%} of the FLOPs, without training, on {len(images)} photos"
     )
     for scored, output_fn in ways.items():
-        result = msa2conv.convert(model, args.flops, example_inputs=images[:1], images=128, output_fn=output_fn)
+        result = msa2conv.convert(
+            model, args.flops, example_inputs=images[:1], images=128, levers=("mixer", "ffn"), output_fn=output_fn
+        )
         same = agreement(model, result.model, images)
         print(f"scored by {scored:<17}  places {same['map']:.1%}   photos {same['photo']:.1%}")
     print(f"map: {tuple(result.model(images[:1])['map'].shape)}\n\n{result.plan}")
