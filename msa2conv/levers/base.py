@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..cost import CostModel
 from ..options import Option
-from ..sites import FFNSite, Site
+from ..sites import AttentionSite, FFNSite, Site
 
 
 def host_option(site: Site, costs: CostModel) -> Option:
@@ -17,6 +18,28 @@ def host_option(site: Site, costs: CostModel) -> Option:
     name = f"{site.hidden}/{site.hidden}" if isinstance(site, FFNSite) else "attention"
     flops_on = None if site.merging is None else lambda tokens: costs.on(site, tokens)
     return Option(site.path, name, costs.hosts[site.path], score=0.0, flops_on=flops_on)
+
+
+def is_plain(site: AttentionSite) -> bool:
+    """Whether the site states all of a plain softmax attention."""
+    return site.projections is not None and site.projections.plain
+
+
+def attention_weights(site: AttentionSite, host: nn.Module) -> dict[str, Tensor]:
+    """The host's own q, k, v and proj of a plain attention, by the names of `Attend` and `AttendPrefix`.
+
+    Biases of q and v are there if it has both; the one of k is not, since it cancels in the softmax.
+    """
+    named = site.projections
+    assert named is not None and named.q is not None and named.k is not None
+    (q, q_bias), (k, _), (v, v_bias), (out, out_bias) = (
+        rows.read(host) for rows in (named.q, named.k, named.v, named.out)
+    )
+    values = {"q.weight": q, "k.weight": k, "v.weight": v, "proj.weight": out}
+    values["proj.bias"] = torch.zeros(site.dim) if out_bias is None else out_bias
+    if q_bias is not None and v_bias is not None:
+        values |= {"q.bias": q_bias, "v.bias": v_bias}
+    return {name: value.detach().float().cpu() for name, value in values.items()}
 
 
 class Alone:

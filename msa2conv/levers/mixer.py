@@ -20,7 +20,7 @@ from ..ops import AttendPrefix, Constant, Conv, Global, MixerSpec, Prefix, Prefi
 from ..options import Option
 from ..plan import Replace
 from ..sites import AttentionSite, Site
-from .base import Alone, host_option
+from .base import Alone, attention_weights, host_option, is_plain
 from .ridge import reduce_rank, ridge_by_leave_one_out, solve_ridge
 
 _CONV = re.compile(r"conv([13579])x\1")
@@ -82,7 +82,7 @@ class Mixer(BaseModel, Alone):
     def cheapest(self, site: Site, costs: CostModel) -> Option:
         assert isinstance(site, AttentionSite)
         # what calibration will offer at most: the dearer of the two prefixes, with context
-        prefixes = [None, _attend(site)] if self.prefix == "attend" and _is_plain(site) else [None]
+        prefixes = [None, _attend(site)] if self.prefix == "attend" and is_plain(site) else [None]
         flops = [max(costs.mixer(site, self.spec(op, site, prefix)) for prefix in prefixes) for op in self.ops]
         return Option(site.path, "cheapest", min([*flops, costs.hosts[site.path]]))
 
@@ -267,10 +267,6 @@ class MixerStatistics:
         return spec, {name: value.detach().float().cpu().contiguous() for name, value in tensors.items()}
 
 
-def _is_plain(site: AttentionSite) -> bool:
-    return site.projections is not None and site.projections.plain
-
-
 def _attend(site: AttentionSite, bias: bool = True) -> AttendPrefix:
     named = site.projections
     assert named is not None and named.scale is not None
@@ -279,25 +275,11 @@ def _attend(site: AttentionSite, bias: bool = True) -> AttendPrefix:
 
 def _prefix_attention(site: AttentionSite, host: nn.Module) -> PrefixAttention | None:
     """The host's projections in a PrefixAttention, or None where the site does not name all of them."""
-    named = site.projections
-    if named is None or named.q is None or named.k is None or named.scale is None or not site.layout.prefix:
+    if not is_plain(site) or not site.layout.prefix:
         return None
-    (q, q_bias), (k, _), (v, v_bias), (out, out_bias) = (
-        rows.read(host) for rows in (named.q, named.k, named.v, named.out)
-    )
-    spec = _attend(site, bias=q_bias is not None)
-    attention = PrefixAttention(spec, site.dim)
-    zero = torch.zeros(site.dim)
-    values = {
-        "q.weight": q,
-        "k.weight": k,
-        "v.weight": v,
-        "proj.weight": out,
-        "proj.bias": zero if out_bias is None else out_bias,
-    }
-    if q_bias is not None and v_bias is not None:
-        values |= {"q.bias": q_bias, "v.bias": v_bias}
-    attention.load_state_dict({name: value.detach().float().cpu() for name, value in values.items()})
+    weights = attention_weights(site, host)
+    attention = PrefixAttention(_attend(site, bias="q.bias" in weights), site.dim)
+    attention.load_state_dict(weights)
     return attention.requires_grad_(False)
 
 

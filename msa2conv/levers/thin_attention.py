@@ -24,7 +24,7 @@ from ..ops import Attend, AttendMixer, as_sequence
 from ..options import Option
 from ..plan import Replace
 from ..sites import AttentionSite, Projections, Site
-from .base import Alone, host_option
+from .base import Alone, attention_weights, host_option, is_plain
 from .ridge import solve_ridge
 
 Share = tuple[float, float, float]
@@ -72,7 +72,7 @@ class ThinAttention(BaseModel, Alone):
         return AttentionRecord(site, costs, candidates)
 
     def applies(self, site: Site) -> bool:
-        return isinstance(site, AttentionSite) and site.merging is not None and _is_plain(site)
+        return isinstance(site, AttentionSite) and site.merging is not None and is_plain(site)
 
     def cheapest(self, site: Site, costs: CostModel) -> Option:
         return host_option(site, costs)  # whether it is plain indeed is known once it has been seen
@@ -95,18 +95,11 @@ class ThinAttention(BaseModel, Alone):
         return [size for size in dict.fromkeys(found) if size != own]  # type: ignore[misc]
 
 
-def _is_plain(site: AttentionSite) -> bool:
-    return site.projections is not None and site.projections.plain
-
-
 def whole_attention(site: AttentionSite, host: nn.Module) -> tuple[Attend, AttendMixer]:
     """The host's own weights in an `Attend` mixer of its size, and its spec."""
     named, merging = site.projections, site.merging
-    assert named is not None and named.q is not None and named.k is not None and named.scale is not None
-    assert merging is not None
-    (q, q_bias), (k, _), (v, v_bias), (out, out_bias) = (
-        rows.read(host) for rows in (named.q, named.k, named.v, named.out)
-    )
+    assert named is not None and named.scale is not None and merging is not None
+    weights = attention_weights(site, host)
     spec = Attend(
         arrangement=merging.arrangement,
         dim=site.dim,
@@ -114,15 +107,11 @@ def whole_attention(site: AttentionSite, host: nn.Module) -> tuple[Attend, Atten
         qk_dim=named.head_dim,
         v_dim=named.head_dim,
         scale=named.scale,
-        bias=q_bias is not None and v_bias is not None,
+        bias="q.bias" in weights,
         sizes=merging.sizes,
     )
     mixer = AttendMixer(spec, site.io)
-    values = {"q.weight": q, "k.weight": k, "v.weight": v, "proj.weight": out}
-    values["proj.bias"] = torch.zeros(site.dim) if out_bias is None else out_bias
-    if q_bias is not None and v_bias is not None:
-        values |= {"q.bias": q_bias, "v.bias": v_bias}
-    mixer.load_state_dict({name: value.detach().float().cpu() for name, value in values.items()})
+    mixer.load_state_dict(weights)
     return spec, mixer.requires_grad_(False).eval()
 
 
