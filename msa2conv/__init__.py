@@ -25,7 +25,13 @@ if TYPE_CHECKING:
     from .inspection import discover as discover, inspect as inspect
     from .laws import verify as verify
     from .layouts import Layout as Layout
-    from .levers import FFN as FFN, MergeInSite as MergeInSite, Mixer as Mixer, ThinAttention as ThinAttention
+    from .levers import (
+        FFN as FFN,
+        MergeInSite as MergeInSite,
+        MergeTokens as MergeTokens,
+        Mixer as Mixer,
+        ThinAttention as ThinAttention,
+    )
     from .options import Option as Option
     from .plan import Plan as Plan
     from .search.calibrate import Calibration as Calibration
@@ -53,6 +59,7 @@ _WHERE = {
     "FFNSite": "sites",
     "Layout": "layouts",
     "MergeInSite": "levers",
+    "MergeTokens": "levers",
     "Mixer": "levers",
     "ThinAttention": "levers",
     "Gates": "search.gates",

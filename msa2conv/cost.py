@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UncountedOperator
+from .merging import comparisons
 from .ops import IO, Attend, MixerSpec, TokenMixer
-from .sites import AttentionSite, FFNSite, Observation, Site
+from .sites import AttentionSite, FFNSite, Observation, Site, StreamSite
+from .stream import Drop
 from .transforms.apply import apply_edits
 from .transforms.lift import lift
 from .transforms.mergeable import Called
@@ -218,6 +220,7 @@ class CostModel:
         shapes: {site path: shape of its input at batch 1}.
         samples: {site path: ((tokens, multiply-adds of the module there on so many), ...)} of sites that can run on
             fewer tokens: three points of a polynomial of degree two, or two where it is linear.
+        beside: {site path: multiply-adds of what stands beside it in its residual line} of sites in a stream.
     """
 
     base: int
@@ -225,6 +228,7 @@ class CostModel:
     units: dict[str, int]
     shapes: dict[str, tuple[int, ...]]
     samples: dict[str, Samples] = field(default_factory=dict)
+    beside: dict[str, int] = field(default_factory=dict)
 
     @property
     def rest(self) -> int:
@@ -232,7 +236,9 @@ class CostModel:
         return self.base - sum(self.hosts.values())
 
     @classmethod
-    def measure(cls, model: nn.Module, seen: Observation, sites: Iterable[Site]) -> CostModel:
+    def measure(
+        cls, model: nn.Module, seen: Observation, sites: Iterable[Site], stream: StreamSite | None = None
+    ) -> CostModel:
         """Count the model as it is, and with every FFN one unit narrower for the price of a hidden unit."""
         sites = tuple(sites)
         counts = flops_by_module(lift(model, sites).model, seen.inputs)
@@ -249,7 +255,8 @@ class CostModel:
             shapes[site.path] = call.x
         units = {site.path: counts[site.path] - narrowed[site.path] for site in ffns}
         hosts = {s.path: s.hidden * units[s.path] if isinstance(s, FFNSite) else counts[s.path] for s in sites}
-        return cls(counts[""], hosts, units, shapes, _samples(model, seen, sites, counts))
+        samples, beside = _samples(model, seen, sites, counts), {} if stream is None else _beside(stream, counts)
+        return cls(counts[""], hosts, units, shapes, samples, beside)
 
     def mixer(self, site: AttentionSite, spec: MixerSpec, tokens: int | None = None) -> int:
         """Multiply-adds of a mixer at a site, on so many tokens (prefix tokens included), or on all."""
@@ -285,6 +292,18 @@ class CostModel:
         channels = shape[1] if site.merging.arrangement == "b c h w" else shape[-1]
         return site.merging.spec(keep).flops * channels * self._sequences(site)
 
+    def shortened(self, stream: StreamSite, drops: Iterable[Drop]) -> int:
+        """Multiply-adds that merging through the network adds outside all sites: comparisons, and norms on fewer
+        tokens (so it may be negative)."""
+        drops, spec = tuple(drops), stream.stream
+        channels, count, found = self.shapes[stream.blocks[0][1]][-1], spec.count, 0
+        for drop in drops:
+            found += spec.groups * channels * comparisons(count, drop.keep)
+            count = drop.keep
+        for path, tokens in stream.fewer(drops).items():
+            found -= _whole(Fraction(self.beside[path] * (spec.tokens - tokens), spec.tokens))
+        return found
+
     def _sequences(self, site: Site) -> int:
         """How many there are at batch 1: the windows, where they are folded into the batch."""
         assert site.merging is not None
@@ -294,6 +313,14 @@ class CostModel:
 @cache  # blocks are alike
 def _mixer_flops(spec: MixerSpec, io: IO, shape: tuple[int, ...]) -> int:
     return 0 if spec.kind in ("skip", "identity") else flops_by_module(spec.build(io), torch.zeros(shape))[""]
+
+
+def _beside(stream: StreamSite, counts: Mapping[str, int]) -> dict[str, int]:
+    found = {}
+    for name, *paths in stream.blocks:
+        for path, line in zip(paths, (stream.stream.attention, stream.stream.ffn), strict=True):
+            found[path] = sum(counts[f"{stream.path}.{name}.{other}"] for other in (*line.before, *line.after))
+    return found
 
 
 def _samples(

@@ -15,6 +15,7 @@ from .plan import parameter_count
 from .report.inspection import Inspection
 from .sites import observe
 from .transforms.mergeable import with_merging
+from .transforms.streams import find_stream
 from .workbench import example_input, own_randomness, unwrap, working_copy
 
 Levers = str | Lever | Iterable[str | Lever]
@@ -80,11 +81,13 @@ def inspect_copy(
     seen = observe(work, example)
     claims = find_sites(work, seen, adapters)
     sites, unmerged = with_merging(work, claims.sites, seen)
-    claims = replace(claims, sites=sites)
-    costs = CostModel.measure(work, seen, claims.sites)
-    lowest = floor(claims.sites, costs, levers)
+    stream = find_stream(work, sites, seen)
+    claims = replace(claims, sites=sites, stream=None if isinstance(stream, str) else stream)
+    costs = CostModel.measure(work, seen, claims.sites, claims.stream)
+    lowest = floor(claims, costs, levers)
     size, count = tuple(example.shape[1:]), parameter_count(original)
-    return Inspection(_name(original), claims, costs, lowest, size, count, unmerged)
+    refused = stream if isinstance(stream, str) else None
+    return Inspection(_name(original), claims, costs, lowest, size, count, unmerged, refused)
 
 
 def _name(model: nn.Module) -> str:

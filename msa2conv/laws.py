@@ -15,6 +15,7 @@ from .options import Option
 from .plan import Plan
 from .search.measure import tensors_of
 from .sites import Claims
+from .stream import MergedStream
 from .transforms.lift import lift, max_difference
 
 LIFTING, LOWERING = "law 1, lifting is the identity", "law 2, lowering is exact"
@@ -69,7 +70,7 @@ def decision_margins(model: nn.Module, images: Tensor) -> Tensor:
     Returns:
         Gaps of cosines [n].
     """
-    merged = [module for module in model.modules() if isinstance(module, Merged)]
+    merged = [module for module in model.modules() if isinstance(module, (Merged, MergedStream))]
     smallest_N = torch.full((len(images),), torch.inf, device=images.device)
 
     def watch(best_BA: Tensor, scores_BAD: Tensor, going: int) -> None:
@@ -116,7 +117,7 @@ def check_costs(
 ) -> dict[str, float]:
     """Laws 3 and 4 -> {figure: value}; `target=None`: there was no budget to keep."""
     counted = count_flops(hybrid, image)
-    summed = costs.base + sum(option.flops - costs.hosts[path] for path, option in choices.items())
+    summed = costs.base + sum(option.flops - costs.hosts.get(path, 0) for path, option in choices.items())
     _demand(
         counted == plan.flops == summed,
         "law 3, a plan costs what it says",

@@ -58,7 +58,7 @@ class Merge(Spec):
     @property
     def flops(self) -> int:
         """Multiply-adds of all comparisons, for one channel and one sequence."""
-        return self.groups * sum(-(-count // 2) * (count // 2) for count, _ in rounds(self.count, self.keep))
+        return self.groups * comparisons(self.count, self.keep)
 
     @property
     def tokens(self) -> int:
@@ -160,6 +160,11 @@ def rounds(count: int, keep: int) -> list[Round]:
         found.append((count, min(count - keep, _going(count, share))))
         count -= found[-1][1]
     return found
+
+
+def comparisons(count: int, keep: int) -> int:
+    """How many pairs of tokens are compared until `keep` of `count` are left."""
+    return sum(-(-left // 2) * (left // 2) for left, _ in rounds(count, keep))
 
 
 def _going(count: int, parts: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -27,6 +27,7 @@ class Option:
     flops_on: its multiply-adds on so many tokens, prefix tokens included, on the account of `flops`; None where it
         cannot run on others than all.
     inner: of an option that merges tokens: what runs on them.
+    starts_at: path of the site from which on the network runs otherwise; None: the option's own.
     """
 
     site: str
@@ -37,6 +38,11 @@ class Option:
     score: float | None = None
     flops_on: Callable[[int], int] | None = None
     inner: Option | None = None
+    starts_at: str | None = None
+
+    def on(self, tokens: int) -> Option | None:
+        """The same where its site sees so many tokens, prefix tokens included; None where it cannot run on them."""
+        return None if self.flops_on is None else replace(self, flops=self.flops_on(tokens))
 
     def merged(self, wrap: Wrap, flops: int, score: float | None) -> Option:
         """The same on merged tokens.

@@ -14,6 +14,7 @@ from .errors import InvalidPlan, UnsupportedSchema
 from .kernels import SharedStart
 from .merging import Merge
 from .ops import IO, MixerSpec, Path
+from .stream import Stream
 
 SCHEMA_VERSION: Literal[1] = 1
 PLAN_KEY = "msa2conv.plan"  # in the header of a .safetensors file
@@ -77,7 +78,15 @@ class Wrap(_Data):
     io: IO
 
 
-Edit = Annotated[Replace | Slice | SetAttr | Wrap, Field(discriminator="kind")]
+class Shorten(_Data):
+    """Let the sequence of blocks at `path` run on fewer and fewer tokens; the blocks keep their paths."""
+
+    kind: Literal["shorten"] = "shorten"
+    path: Path
+    spec: Stream
+
+
+Edit = Annotated[Replace | Slice | SetAttr | Wrap | Shorten, Field(discriminator="kind")]
 
 
 def ranges(indices: list[int]) -> tuple[Range, ...]:
@@ -189,8 +198,10 @@ class Plan(_Data):
             f"{base.name}   {base.flops / 1e9:.2f} -> {self.flops / 1e9:.2f} GFLOPs ({ratio:.1%})"
             f"   {base.parameters / 1e6:.1f} -> {kept:.1f} M params"
         ]
-        attentions = [option for option in self.choices.values() if "/" not in option]
-        ffns = [option for option in self.choices.values() if "/" in option]
+        through = {edit.path for edit in self.edits if isinstance(edit, Shorten)}
+        sites = [option for path, option in self.choices.items() if path not in through]
+        attentions = [option for option in sites if "/" not in option]
+        ffns = [option for option in sites if "/" in option]
         rows = [("mixer", [symbol(option) for option in attentions], "")]
         rows += [("tokens", [_tokens(option) for option in attentions], "")]
         rows += [
@@ -211,7 +222,8 @@ class Plan(_Data):
         legend = [f"{symbol(option)} {option}" for option in sorted(used, key=lambda o: _order(symbol(o)))]
         legend += ["% hidden units kept"] if ffns else []
         legend += ["tokens: patches that are left inside"] if any(name == "tokens" for name, _, _ in rows) else []
-        return "\n".join([*lines, "", "  ".join(legend)])
+        merged = [f"patches left through {path}: {self.choices[path]}" for path in self.choices if path in through]
+        return "\n".join([*lines, *merged, "", "  ".join(legend)])
 
 
 class _VersionOnly(BaseModel):

@@ -53,7 +53,7 @@ def choose(
     """
     options = calibration.options()
     rest = calibration.costs.base - sum(calibration.costs.hosts[path] for path in options)
-    found = diverse(options, rest, target)
+    found = diverse(options, rest, target, calibration.settings())
     net = lift(model, calibration.sites)
     distances: dict[str, float] = {}
     for name, choices in track(found.items(), "compare", progress):
@@ -75,7 +75,7 @@ def make_plan(model: nn.Module, seen: Inspection, choices: Mapping[str, Option])
     edits = tuple(edit for option in choices.values() for edit in option.edits)
     tensors = {name: value for option in choices.values() for name, value in option.tensors().items()}
     costs = seen.costs
-    flops = costs.base + sum(option.flops - costs.hosts[path] for path, option in choices.items())
+    flops = costs.base + sum(option.flops - costs.hosts.get(path, 0) for path, option in choices.items())
     base = Base(
         name=seen.name,
         model_class=f"{type(model).__module__}.{type(model).__qualname__}",
@@ -87,6 +87,7 @@ def make_plan(model: nn.Module, seen: Inspection, choices: Mapping[str, Option])
         fingerprint=fingerprint(model),
         weights_sha256=weights_sha256(model),
     )
-    ordered = {site.path: choices[site.path].name for site in seen.claims.sites if site.path in choices}
+    everywhere = (*((seen.claims.stream,) if seen.claims.stream else ()), *seen.claims.sites)
+    ordered = {site.path: choices[site.path].name for site in everywhere if site.path in choices}
     plan = Plan(base=base, choices=ordered, edits=edits, flops=flops, parameters=seen.parameters)
     return plan.model_copy(update={"parameters": parameter_count(apply(plan, model))}), tensors

@@ -18,7 +18,8 @@ from .kernels import Rows as Rows
 from .layouts import Layout
 from .merging import Merge
 from .ops import IO, Arrangement, Sizes, arranged
-from .plan import Edit, Range, SetAttr, Slice, Wrap, ranges
+from .plan import Edit, Range, SetAttr, Shorten, Slice, Wrap, ranges
+from .stream import Drop, Stream
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,39 @@ Site = AttentionSite | FFNSite
 
 
 @dataclass(frozen=True)
+class StreamSite:
+    """A sequence of blocks whose tokens can be merged in between, as `transforms.streams` has tried out.
+
+    Args:
+        path: module path of the sequence.
+        blocks: (name in the sequence, path of its attention site, path of its FFN site) of every block, in order.
+        stream: how they run, without any drop.
+    """
+
+    path: str
+    blocks: tuple[tuple[str, str, str], ...]
+    stream: Stream
+
+    def tokens(self, drops: Iterable[Drop]) -> dict[str, int]:
+        """{site path: tokens that it sees, prefix tokens included}, with these drops."""
+        stream, keep = self.stream, {drop.block: drop.keep for drop in drops}
+        count, found = stream.count, {}
+        for name, attention, ffn in self.blocks:
+            found[attention] = stream.prefix + stream.groups * count
+            count = keep.get(name, count)
+            found[ffn] = stream.prefix + stream.groups * count
+        return found
+
+    def fewer(self, drops: Iterable[Drop]) -> dict[str, int]:
+        """Of `tokens` those sites that see fewer than all."""
+        return {path: count for path, count in self.tokens(drops).items() if count < self.stream.tokens}
+
+    def edit(self, drops: Iterable[Drop]) -> Shorten:
+        """The Edit that merges tokens so."""
+        return Shorten(path=self.path, spec=self.stream.model_copy(update={"drops": tuple(drops)}))
+
+
+@dataclass(frozen=True)
 class Refusal:
     """A module that looked convertible and is left alone, and why."""
 
@@ -253,10 +287,11 @@ class Observation:
 
 @dataclass(frozen=True)
 class Claims:
-    """Sites in execution order, and what was refused."""
+    """Sites in execution order, what was refused, and the sequence of blocks that they lie in, where there is one."""
 
     sites: tuple[Site, ...]
     refusals: tuple[Refusal, ...]
+    stream: StreamSite | None = None
 
     @classmethod
     def of(cls, found: Iterable[Site | Refusal]) -> Claims:

@@ -22,6 +22,7 @@ NAMES = [
     "Gates",
     "Layout",
     "MergeInSite",
+    "MergeTokens",
     "Mixer",
     "Option",
     "Plan",

@@ -9,21 +9,25 @@ from torch import Tensor
 
 from ..cost import CostModel
 from ..errors import InvalidArgument
-from ..sites import Site
+from ..options import Option
+from ..settings import AS_IT_IS, least_flops
+from ..sites import Claims, Site
 from .base import Lever, Record, Statistics, host_option
 from .ffn import FFN
 from .merge_in_site import MergeInSite
+from .merge_tokens import MergeTokens, StreamRecord
 from .mixer import Mixer
 from .thin_attention import ThinAttention
 
-Configured = Mixer | FFN | MergeInSite | ThinAttention
+Configured = Mixer | FFN | MergeInSite | ThinAttention | MergeTokens
 _BY_NAME: dict[str, type[Configured]] = {
     "mixer": Mixer,
     "ffn": FFN,
     "merge_in_site": MergeInSite,
     "thin_attention": ThinAttention,
+    "merge_tokens": MergeTokens,
 }
-DEFAULT = ("mixer", "ffn", "merge_in_site", "thin_attention")
+DEFAULT = ("mixer", "ffn", "merge_in_site", "thin_attention")  # all that keep the grid of tokens
 BY_GATES = ("mixer", "ffn")  # what the gate search can decide
 _EXAMPLE = "For example levers=('mixer', 'ffn')."
 
@@ -51,7 +55,7 @@ def resolve_levers(levers: Any, known: Iterable[str] = tuple(_BY_NAME), default:
             if lever not in known:
                 raise InvalidArgument("levers", repr(lever), f"names out of {sorted(known)} or 'all'", _EXAMPLE)
             lever = _BY_NAME[lever]()
-        elif not hasattr(lever, "statistics") or (lever.name not in known and lever.name in _BY_NAME):
+        elif not hasattr(lever, "applies") or (lever.name not in known and lever.name in _BY_NAME):
             raise InvalidArgument("levers", repr(lever), f"names out of {sorted(known)}, or a lever", _EXAMPLE)
         resolved.append(lever)
     names = [lever.name for lever in resolved]
@@ -60,15 +64,26 @@ def resolve_levers(levers: Any, known: Iterable[str] = tuple(_BY_NAME), default:
     return tuple(resolved)
 
 
-def floor(sites: Iterable[Site], costs: CostModel, levers: Iterable[Lever]) -> int:
+def stream_record(claims: Claims, costs: CostModel, levers: Iterable[Any]) -> StreamRecord | None:
+    """What the levers allow to do with the tokens of the whole network."""
+    lever = next((lever for lever in levers if isinstance(lever, MergeTokens)), None)
+    return None if lever is None else lever.record(claims, costs)
+
+
+def floor(claims: Claims, costs: CostModel, levers: Iterable[Lever]) -> int:
     """Multiply-adds below which the levers cannot go."""
-    levers, found = tuple(levers), costs.base
-    for site in sites:
-        able = [lever for lever in levers if lever.applies(site)]
-        cheapest = [host_option(site, costs), *(lever.cheapest(site, costs) for lever in able)]
-        cheapest += [more for one in cheapest for lever in able for more in lever.around(one, site, costs)]
-        found -= costs.hosts[site.path] - min(option.flops for option in cheapest)
-    return found
+    levers = tuple(levers)
+    options = {site.path: _cheapest(site, costs, levers) for site in claims.sites}
+    record = stream_record(claims, costs, levers)
+    settings = [AS_IT_IS, *(() if record is None else record.settings())]
+    rest = costs.base - sum(costs.hosts[path] for path in options)
+    return least_flops(settings, options, rest)
+
+
+def _cheapest(site: Site, costs: CostModel, levers: tuple[Lever, ...]) -> list[Option]:
+    able = [lever for lever in levers if lever.applies(site)]
+    cheapest = [host_option(site, costs), *(lever.cheapest(site, costs) for lever in able)]
+    return cheapest + [more for one in cheapest for lever in able for more in lever.around(one, site, costs)]
 
 
 def read_record(
@@ -78,7 +93,7 @@ def read_record(
     lever = _BY_NAME.get(meta["lever"])
     if lever is None or site is None or not lever().applies(site):
         return None
-    record: Record = lever.read(site, costs, meta, tensors)  # type: ignore[arg-type]
+    record: Record = lever.read(site, costs, meta, tensors)  # type: ignore[arg-type, union-attr]
     return record
 
 
@@ -88,12 +103,15 @@ __all__ = [
     "FFN",
     "Lever",
     "MergeInSite",
+    "MergeTokens",
     "Mixer",
     "Record",
     "Statistics",
+    "StreamRecord",
     "ThinAttention",
     "floor",
     "host_option",
     "read_record",
     "resolve_levers",
+    "stream_record",
 ]

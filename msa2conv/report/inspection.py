@@ -22,6 +22,7 @@ class Inspection:
         input_size: (C, H, W).
         parameters: number of parameters.
         unmerged: {site path: why its tokens cannot be merged}.
+        not_through: why tokens cannot be merged through the network; None where they can.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Inspection:
     input_size: tuple[int, ...]
     parameters: int
     unmerged: Mapping[str, str] = field(default_factory=dict)
+    not_through: str | None = None
 
     def share(self, kind: type[AttentionSite] | type[FFNSite]) -> float:
         """Fraction of all multiply-adds spent in the sites of one kind."""
@@ -77,7 +79,15 @@ class Inspection:
         lines = [f"tokens can be merged in {attentions} attentions and {len(able) - attentions} FFNs"]
         kinds = {site.path: "attention" if isinstance(site, AttentionSite) else "ffn" for site in self.claims.sites}
         refused = [Refusal(path, kinds[path], reason) for path, reason in self.unmerged.items()]
-        return lines + [f"  not in {text}" for text in listed(refused)]
+        lines += [f"  not in {text}" for text in listed(refused)]
+        stream = self.claims.stream
+        if stream is None:
+            return [*lines, f"tokens cannot be merged through the network: {self.not_through}"]
+        return [
+            *lines,
+            f"tokens can be merged through the network (levers='all'), behind any attention of {stream.path}: "
+            "what its blocks return on the way is then lost",
+        ]
 
 
 def _geometry(site: AttentionSite) -> str:

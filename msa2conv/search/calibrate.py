@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from ..cost import CostModel
 from ..errors import ArchitectureMismatch, InvalidCheckpoint, NonFiniteValue, UnsupportedSchema
 from ..files import read_tensors, write_tensors
-from ..levers import Lever, Record, Statistics, read_record
+from ..levers import Lever, Record, Statistics, StreamRecord, read_record, stream_record
 from ..options import Option
 from ..plan import fingerprint, weights_sha256
 from ..progress import track
+from ..settings import AS_IT_IS, Setting
 from ..sites import AttentionSite, Claims, FFNSite, Site
 from ..transforms.lift import Supernet, lift
 from .measure import Measure, OutputFn, default_measure, distance
@@ -48,6 +49,7 @@ class Calibration:
         fitted: how many images the options were fitted on.
         seconds: how long it took.
         warnings: what the user should know.
+        stream: scores of merging tokens through the network, where a lever allows it.
     """
 
     fingerprint: str
@@ -61,10 +63,17 @@ class Calibration:
     fitted: int = 0
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
+    stream: StreamRecord | None = None
+
+    def settings(self) -> list[Setting]:
+        """What can be chosen for the whole network at once; the network as it is comes first."""
+        return [AS_IT_IS, *(() if self.stream is None else self.stream.settings())]
 
     def options(self) -> dict[str, list[Option]]:
         """{site path: its options, the host among them}; scores are measured or interpolated."""
         found: dict[str, dict[str, Option]] = {}
+        for host in [] if self.stream is None else self.stream.hosts():
+            found[host.site] = {host.name: host}
         for record in self.records:
             found.setdefault(record.site, {}).update({option.name: option for option in record.options()})
         alone = {path: list(options.values()) for path, options in found.items()}
@@ -75,7 +84,8 @@ class Calibration:
     @property
     def sites(self) -> tuple[Site, ...]:
         """Where its options are."""
-        return tuple({record.site: record.at for record in self.records}.values())
+        through = () if self.stream is None else self.stream.claims.sites
+        return tuple({site.path: site for site in (*through, *(record.at for record in self.records))}.values())
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write to one .safetensors file, atomically."""
@@ -91,12 +101,14 @@ class Calibration:
             "units": self.costs.units,
             "shapes": self.costs.shapes,
             "samples": self.costs.samples,
+            "beside": self.costs.beside,
         }
+        stream = None if self.stream is None else self.stream.state()
         about = {
             name: getattr(self, name)
             for name in ("fingerprint", "weights", "measure", "source", "fitted", "seconds", "warnings")
         }
-        text = json.dumps({"version": FORMAT_VERSION, **about, "costs": costs, "records": described})
+        text = json.dumps({"version": FORMAT_VERSION, **about, "costs": costs, "records": described, "stream": stream})
         write_tensors(path, tensors, {FORMAT_KEY: text})
         return Path(path)
 
@@ -124,6 +136,14 @@ class Calibration:
         samples = {site: tuple(map(tuple, found)) for site, found in costs.get("samples", {}).items()}
         costs["samples"] = samples
         model = CostModel(**costs)
+        stream = about.pop("stream", None)
+        if stream is not None:
+            about["stream"] = StreamRecord.read(claims, model, stream)
+            if about["stream"] is None:
+                raise ArchitectureMismatch(
+                    str(path), "tokens merged through the network", "a model whose tokens can be merged so",
+                    "Calibrate this model itself.",
+                )  # fmt: skip
         sites = {site.path: site for site in claims.sites}
         records: list[Record] = []
         for index, meta in enumerate(about.pop("records")):
@@ -209,12 +229,14 @@ def calibrate_sites(
                 journal.prefix_weights[site.path] = _prefix_weight(net, replay, site, measure, seed)
                 journal.save_now_and_then()
         fitted = _fit(net, chosen, costs, torch.split(fitting, BATCH), ridge_factor, journal, progress)
-        jobs = [(record.at, option) for record in fitted for option in record.to_measure()]
-        for site, option in track(jobs, "score", progress):
-            scores = journal.scores.setdefault(site.path, {})
+        stream = stream_record(claims, costs, levers)
+        jobs = [option for record in fitted for option in record.to_measure()]
+        jobs += [] if stream is None else stream.to_measure()
+        for option in track(jobs, "score", progress):
+            scores = journal.scores.setdefault(option.site, {})
             if option.name not in scores:
-                with net.pinned({site.path: net.branch(option)}):
-                    output = replay.run(site.block)
+                with net.pinned({option.site: net.branch(option)}):
+                    output = replay.run(net.sites[option.starts_at or option.site].block)
                 scores[option.name] = min(_WORST, max(0.0, distance(replay.reference, output, measure)))
                 journal.save_now_and_then()
     return Calibration(
@@ -229,6 +251,7 @@ def calibrate_sites(
         fitted=len(fitting),
         seconds=journal.seconds,
         warnings=warnings,
+        stream=None if stream is None else stream.with_scores(journal.scores.get(stream.at.path, {})),
     )
 
 

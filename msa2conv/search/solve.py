@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from ..errors import InfeasibleBudget
 from ..options import Option
+from ..settings import AS_IT_IS, Options, Setting, inside, least_flops, on_tokens
 
 Choices = dict[str, Option]
 
@@ -51,6 +53,76 @@ def solve(
         found = _solve(options, rest, least, budget, floor, price) or found
     if found is None:
         raise infeasible(budget, floor)
+    return found
+
+
+def solve_settings(
+    settings: Iterable[Setting],
+    options: Options,
+    rest: int,
+    budget: int,
+    price: Callable[[Option], float] | None = None,
+) -> tuple[Setting, Choices]:
+    """Choose a setting, and in it one option per site: `solve` inside an enumeration of the settings.
+
+    A setting costs the sum of the prices of its steps. Exact: settings are solved in the order of a lower bound (of
+    the Lagrangian relaxation: the best of 60 multipliers), until no bound lies below the best solution found.
+
+    Args:
+        settings: the values to choose from.
+        options, rest, budget, price: as for `solve`, of the network as it is.
+
+    Returns:
+        (setting, {site: chosen option in it}).
+
+    Raises:
+        InfeasibleBudget: the budget is below what any setting can reach.
+    """
+    price, settings = price or _score, list(settings)
+    best: tuple[float, Setting, Choices] | None = None
+    bounds = _bounds(settings, options, rest, budget, price)
+    for index in np.argsort(bounds, kind="stable"):
+        if not np.isfinite(bounds[index]) or (best is not None and bounds[index] >= best[0]):
+            break
+        setting = settings[index]
+        choices = solve(inside(setting, options), rest + setting.flops, budget, price)
+        worth = _steps(setting, price) + sum(price(option) for option in choices.values())
+        if best is None or worth < best[0]:
+            best = worth, setting, choices
+    if best is None:
+        raise infeasible(budget, least_flops(settings, options, rest))
+    return best[1], best[2]
+
+
+def _steps(setting: Setting, price: Callable[[Option], float]) -> float:
+    return sum(price(Option("", "", 0, score=score)) for score in setting.scores)
+
+
+def _bounds(
+    settings: Sequence[Setting], options: Options, rest: int, budget: int, price: Callable[[Option], float]
+) -> npt.NDArray[np.float64]:
+    """What each setting costs at least; infinite where it does not fit the budget, or leaves a part of it unused that
+    the network as it is could use."""
+    tables: dict[tuple[str, int | None], tuple[npt.NDArray[np.float64], int, int]] = {}
+    largest = max((price(option) for group in options.values() for option in group), default=0.0) or 1.0
+    multipliers = largest / budget * np.concatenate(([0.0], np.logspace(-6, 4, 60)))
+
+    def table(path: str, tokens: int | None) -> tuple[npt.NDArray[np.float64], int, int]:
+        if (path, tokens) not in tables:
+            group = on_tokens(options[path], tokens)
+            prices, flops = np.array([price(option) for option in group]), np.array([option.flops for option in group])
+            least = (prices[:, None] + flops[:, None] * multipliers).min(0)
+            tables[path, tokens] = least, int(flops.min()), int(flops.max())
+        return tables[path, tokens]
+
+    found = np.full(len(settings), np.inf)
+    for index, setting in enumerate(settings):
+        parts = [table(path, setting.tokens.get(path)) for path in options]
+        least, most = (rest + setting.flops + sum(part[which] for part in parts) for which in (1, 2))
+        if least <= budget and (setting.option is None or most >= 0.99 * budget):
+            left = budget - rest - setting.flops
+            bound = np.sum([part[0] for part in parts], 0) - multipliers * left
+            found[index] = _steps(setting, price) + float(bound.max())
     return found
 
 
@@ -125,14 +197,26 @@ PRICES: Mapping[str, Callable[[Option], float]] = {
 }
 
 
-def diverse(options: Mapping[str, Sequence[Option]], rest: int, budget: int) -> dict[str, Choices]:
-    """{name of the price: its optimal choices}, duplicates dropped."""
+def diverse(options: Options, rest: int, budget: int, settings: Sequence[Setting] = (AS_IT_IS,)) -> dict[str, Choices]:
+    """{name of the price: its optimal choices}, duplicates dropped; a setting is the first of its choices.
+
+    With several settings also the optimum without any, where there is one: single scores cannot say which comes closer.
+    """
     found: dict[str, Choices] = {}
     seen: set[tuple[str, ...]] = set()
+    ways = {"": list(settings)} | ({", grid kept": [AS_IT_IS]} if len(settings) > 1 else {})
     for name, price in PRICES.items():
-        choices = solve(options, rest, budget, price)
-        key = tuple(option.name for option in choices.values())
-        if key not in seen:
-            seen.add(key)
-            found[name] = choices
+        for suffix, allowed in ways.items():
+            try:
+                setting, choices = solve_settings(allowed, options, rest, budget, price)
+            except InfeasibleBudget:
+                if not suffix:
+                    raise
+                continue
+            if setting.option is not None:
+                choices = {(option := setting.option()).site: option} | choices
+            key = tuple(option.name for option in choices.values())
+            if key not in seen:
+                seen.add(key)
+                found[name + suffix] = choices
     return found

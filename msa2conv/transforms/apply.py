@@ -13,7 +13,7 @@ from ..hub import guard
 from ..kernels import SharedStart
 from ..merging import Merged
 from ..ops import Conv
-from ..plan import Edit, Plan, Replace, SetAttr, Slice, Wrap, fingerprint
+from ..plan import Edit, Plan, Replace, SetAttr, Shorten, Slice, Wrap, fingerprint
 
 _HINT = "Apply a Plan only to the model it was made for; do not edit Plans by hand."
 _SLICEABLE = (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.modules.batchnorm._BatchNorm)
@@ -76,6 +76,9 @@ def apply_edits(model: nn.Module, edits: Iterable[Edit], root: str = "") -> None
         elif isinstance(edit, Wrap):
             host = submodule(model, path)
             replace_submodule(model, path, edit.spec.build(host, edit.io).train(host.training))
+        elif isinstance(edit, Shorten):
+            blocks = submodule(model, path)
+            replace_submodule(model, path, edit.spec.build(blocks).train(blocks.training))
         else:
             owner = submodule(model, path)
             setattr(owner, edit.name, type(getattr(owner, edit.name))(edit.value))
@@ -145,8 +148,20 @@ def _check(model: nn.Module, edit: Edit, path: str) -> None:
     elif isinstance(edit, Wrap):
         if isinstance(submodule(model, path), Merged):
             raise InvalidPlan(edit.path, "a module whose tokens are merged already", "one merge at a module", _HINT)
+    elif isinstance(edit, Shorten):
+        _check_stream(submodule(model, path), edit)
     else:
         _check_attribute(submodule(model, path), edit)
+
+
+def _check_stream(blocks: nn.Module, edit: Shorten) -> None:
+    if not isinstance(blocks, (nn.Sequential, nn.ModuleList)):
+        raise InvalidPlan(edit.path, f"a {type(blocks).__name__}", "a Sequential or a ModuleList of blocks", _HINT)
+    for drop in edit.spec.drops:
+        submodule(blocks, drop.block)
+    for block in blocks:
+        for path in (*edit.spec.attention.paths, *edit.spec.ffn.paths):
+            submodule(block, path)
 
 
 def _check_start(model: nn.Module, path: str, edit: Replace, start: SharedStart) -> None:

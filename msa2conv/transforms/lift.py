@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..options import Option
-from ..plan import Slice, Wrap
+from ..plan import Shorten, Slice, Wrap
 from ..sites import FFNSite, Site
 from .apply import apply_edits, load_tensors, relative, replace_submodule, submodule
 from .supernode import HOST, Supernode
@@ -26,7 +26,7 @@ class Wrapping:
     inner: Branch | None
 
 
-Branch = nn.Module | Wrapping
+Branch = nn.Module | Wrapping | Shorten
 
 
 class Supernet:
@@ -42,6 +42,10 @@ class Supernet:
 
     def branch(self, option: Option) -> Branch:
         """Build what `option` puts at its site: its edits and tensors, run on a copy of the host alone."""
+        if option.site not in self.sites:
+            (shorten,) = option.edits
+            assert isinstance(shorten, Shorten)
+            return shorten
         if option.inner is not None:
             wrap = option.edits[-1]
             assert isinstance(wrap, Wrap)
@@ -61,6 +65,11 @@ class Supernet:
             yield self.model
 
     def _pin(self, path: str, branch: Branch, stack: ExitStack) -> None:
+        if isinstance(branch, Shorten):
+            blocks = submodule(self.model, path)
+            replace_submodule(self.model, path, branch.spec.build(blocks).train(blocks.training))
+            stack.callback(replace_submodule, self.model, path, blocks)
+            return
         if isinstance(branch, Wrapping):
             if branch.inner is not None:
                 self._pin(path, branch.inner, stack)

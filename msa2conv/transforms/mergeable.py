@@ -152,14 +152,14 @@ def _tried(site: Site, merging: Merging, call: Called, shape: list[int]) -> Merg
 
     whole_BNC = as_sequence(call(arranged(tokens_BNC, merging.arrangement, torch.Size(shape))), merging.arrangement)
     if isinstance(site, FFNSite):
-        if _same(run(few_BNC), whole_BNC[:, chosen]):
+        if same(run(few_BNC), whole_BNC[:, chosen]):
             return merging
         return "a token's answer depends on other tokens or on its place"
-    if not _same(run(tokens_BNC), whole_BNC):
+    if not same(run(tokens_BNC), whole_BNC):
         return "its tokens are several sequences"
     order = _shuffled(merging.prefix, few, generator)
     plain = run(few_BNC)
-    if not _same(run(few_BNC[:, order]), plain[:, order]):
+    if not same(run(few_BNC[:, order]), plain[:, order]):
         return "it treats patches differently by their places"
     for sizes in _told(call.module):
         if sizes.argument not in call.arguments:
@@ -170,7 +170,7 @@ def _tried(site: Site, merging: Merging, call: Called, shape: list[int]) -> Merg
                 told = run(few_BNC, **{sizes.argument: sizes.mask(size_BN)})
             except Exception:  # another form, or no mask at all
                 continue
-            if _same(told, repeated) and not _same(plain, repeated):
+            if same(told, repeated) and not same(plain, repeated):
                 return replace(merging, sizes=sizes)
     return merging
 
@@ -187,7 +187,7 @@ def _shuffled(prefix: int, tokens: int, generator: torch.Generator) -> Tensor:
     return torch.cat((torch.arange(prefix), prefix + torch.randperm(tokens - prefix, generator=generator)))
 
 
-def _same(found: Tensor, expected: Tensor) -> bool:
+def same(found: Tensor, expected: Tensor) -> bool:
     if found.shape != expected.shape or not torch.isfinite(found).all():
         return False
     return float((found - expected).abs().max()) <= _CLOSE * max(1e-6, float(expected.abs().max()))

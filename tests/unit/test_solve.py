@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import given, settings, strategies as st
 
 from msa2conv.errors import InfeasibleBudget
 from msa2conv.options import Option
-from msa2conv.search.solve import diverse, solve
+from msa2conv.search.solve import PRICES, diverse, solve, solve_settings
+from msa2conv.settings import AS_IT_IS, Setting, least_flops
 
 Options = dict[str, list[Option]]
 
@@ -98,3 +100,72 @@ def test_prices_disagree_and_duplicates_are_dropped() -> None:
     }
     found = {name: tuple(option.name for option in plan.values()) for name, plan in diverse(options, 0, 150).items()}
     assert found == {"additive": ("half", "half"), "square root": ("none", "host")}
+
+
+# Settings
+
+
+@st.composite
+def several(draw: st.DrawFn) -> tuple[Options, list[Setting], int, int]:
+    """(options, settings, rest, budget): up to 4 settings in which some sites see half of their 10 tokens."""
+    options, rest, budget = draw(instances())
+    on_tokens = {
+        site: [
+            dataclasses.replace(option, flops_on=lambda tokens, flops=option.flops: tokens * flops // 10)
+            if index == 0 or draw(st.booleans())
+            else option
+            for index, option in enumerate(group)
+        ]
+        for site, group in options.items()
+    }
+    found = [AS_IT_IS]
+    for number in range(draw(st.integers(0, 3))):
+        sites = draw(st.lists(st.sampled_from(sorted(options)), unique=True))
+        scores = draw(st.lists(st.integers(0, 256).map(lambda value: value / 64), max_size=2))
+        own = Option("net", str(number), 0)
+        found.append(Setting(tuple(scores), draw(st.integers(-5, 5)), dict.fromkeys(sites, 5), lambda own=own: own))
+    return on_tokens, found, rest + 5, budget + 5
+
+
+def inside_by_hand(options: Options, setting: Setting) -> Options:
+    fewer = {path: [o for o in group if o.flops_on is not None] for path, group in options.items()}
+    return {
+        path: [dataclasses.replace(o, flops=o.flops_on(5)) for o in fewer[path]] if path in setting.tokens else group
+        for path, group in options.items()
+    }
+
+
+@settings(max_examples=150, deadline=None)
+@given(several(), st.sampled_from(sorted(PRICES)))
+def test_the_best_setting_is_brute_forces(instance: tuple[Options, list[Setting], int, int], name: str) -> None:
+    """Over all settings that can use the budget: those that cannot are not worth a bound of their own."""
+    options, known, rest, budget = instance
+    price = PRICES[name]
+
+    def best(setting: Setting) -> float | None:
+        plans = [
+            (rest + setting.flops + total(plan), sum(map(price, plan)))
+            for plan in itertools.product(*inside_by_hand(options, setting).values())
+        ]
+        if setting.option is not None and max(flops for flops, _ in plans) < 0.99 * budget:
+            return None
+        within = [plan for plan in plans if plan[0] <= budget]
+        tight = [plan for plan in within if 100 * plan[0] >= 99 * budget]
+        steps = sum(price(Option("", "", 0, score=score)) for score in setting.scores)
+        return steps + min(worth for _, worth in tight or within) if within else None
+
+    expected = [found for setting in known if (found := best(setting)) is not None]
+    setting, choices = solve_settings(known, options, rest, budget, price)
+    steps = sum(price(Option("", "", 0, score=score)) for score in setting.scores)
+    assert rest + setting.flops + total(choices) <= budget
+    assert steps + sum(map(price, choices.values())) == pytest.approx(min(expected), abs=1e-5)
+
+
+def test_no_setting_reaches_a_budget_below_all_floors() -> None:
+    host = Option("a", "host", 100, score=0.0, flops_on=lambda tokens: 10 * tokens)
+    known = [AS_IT_IS, Setting((0.5,), 3, {"a": 4}, lambda: Option("net", "fewer", 3))]
+    assert least_flops(known, {"a": [host]}, 50) == 93
+    with pytest.raises(InfeasibleBudget, match=r"at least 9\.3e-08 GFLOPs"):
+        solve_settings(known, {"a": [host]}, 50, 92)
+    setting, choices = solve_settings(known, {"a": [host]}, 50, 93)
+    assert setting is known[1] and choices["a"].flops == 40

@@ -1,0 +1,54 @@
+"""Settings: values of what is chosen for the whole network at once. Inside one, everything is additive."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from .options import Option
+
+Options = Mapping[str, Sequence[Option]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value of what is chosen for the whole network at once, inside which all costs are additive.
+
+    Args:
+        scores: what each of its steps costs in accuracy, given the earlier ones.
+        flops: multiply-adds that it adds outside all sites; may be negative.
+        tokens: {site path: tokens that it sees, prefix tokens included}, where these are not all.
+        option: called when the setting is used: what `apply` has to do; None for the network as it is.
+    """
+
+    scores: tuple[float, ...] = ()
+    flops: int = 0
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    option: Callable[[], Option] | None = None
+
+
+AS_IT_IS = Setting()
+
+
+def inside(setting: Setting, options: Options) -> dict[str, list[Option]]:
+    """{site path: what can be done there} in a setting, on its account."""
+    return {path: on_tokens(group, setting.tokens.get(path)) for path, group in options.items()}
+
+
+def on_tokens(options: Iterable[Option], tokens: int | None) -> list[Option]:
+    """Those options that run on so many tokens; None: on all."""
+    if tokens is None:
+        return list(options)
+    return [fewer for option in options if (fewer := option.on(tokens)) is not None]
+
+
+def least_flops(settings: Iterable[Setting], options: Options, rest: int) -> int:
+    """Multiply-adds of the cheapest network in any of the settings."""
+    known: dict[tuple[str, int | None], int] = {}
+
+    def cheapest(path: str, tokens: int | None) -> int:
+        if (path, tokens) not in known:
+            known[path, tokens] = min(option.flops for option in on_tokens(options[path], tokens))
+        return known[path, tokens]
+
+    return rest + min(each.flops + sum(cheapest(path, each.tokens.get(path)) for path in options) for each in settings)

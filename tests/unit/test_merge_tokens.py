@@ -1,0 +1,135 @@
+"""Lever "merge_tokens": what it offers, what that costs, and that the plan, the files and the laws know it."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from models import images, same, vit
+from torch import nn
+
+import msa2conv
+from msa2conv import Calibration, Conversion, MergeTokens
+from msa2conv.cost import count_flops
+from msa2conv.levers import floor, resolve_levers
+from msa2conv.levers.merge_tokens import StreamRecord
+from msa2conv.plan import Shorten
+from msa2conv.stream import Drop, MergedStream
+from msa2conv.transforms.apply import apply_edits
+
+SMALL = MergeTokens(keep=(0.7, 0.4), drops=2)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return vit(depth=3)
+
+
+@pytest.fixture(scope="module")
+def record(model: nn.Module) -> StreamRecord:
+    seen = msa2conv.inspect(model)
+    found = SMALL.record(seen.claims, seen.costs)
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def result(model: nn.Module) -> Conversion:
+    return msa2conv.convert(model, 0.6, data=images(), levers=(SMALL, "ffn"))
+
+
+def test_every_sequence_of_drops_is_offered(record: StreamRecord) -> None:
+    """16 patches to 11 or 6, behind three attentions: six single drops, three pairs of places."""
+    found = [setting.option().name for setting in record.settings() if setting.option]
+    single = [f"{keep} from {block}" for block in "012" for keep in (11, 6)]
+    double = [f"11 from {a}, 6 from {b}" for a, b in itertools.combinations("012", 2)]
+    assert sorted(found) == sorted(single + double)
+    assert [option.name for option in record.to_measure()] == single
+
+
+def test_a_setting_costs_what_is_counted(model: nn.Module, record: StreamRecord) -> None:
+    base = record.costs.base
+    for setting in record.settings():
+        assert setting.option is not None
+        option = setting.option()
+        hybrid = msa2conv.lift(model, record.claims.sites)
+        hosts = {host.site: host for host in record.hosts()}
+        saved = sum(hosts[path].flops - hosts[path].on(count).flops for path, count in setting.tokens.items())  # type: ignore[union-attr]
+        with hybrid.pinned({option.site: hybrid.branch(option)}) as pinned:
+            assert count_flops(pinned, images(1)) == base + setting.flops - saved
+        assert setting.flops == option.flops
+
+
+def test_a_further_drop_is_charged_with_what_it_adds(record: StreamRecord) -> None:
+    scores = {"11 from 0": 0.2, "6 from 0": 0.9, "11 from 1": 0.1, "6 from 1": 0.4, "11 from 2": 0.5, "6 from 2": 0.3}
+    scored = record.with_scores(scores)
+    found = {setting.option().name: setting.scores for setting in scored.settings() if setting.option}
+    assert found["6 from 0"] == (0.9,)
+    assert found["11 from 0, 6 from 1"] == pytest.approx((0.2, 0.3))
+    assert found["11 from 0, 6 from 2"] == pytest.approx((0.2, 0.0)), "never less than nothing"
+
+
+def test_a_conversion_merges_and_every_law_holds(model: nn.Module, result: Conversion) -> None:
+    assert isinstance(result.model.blocks, MergedStream)
+    assert count_flops(result.model, images(1)) == result.plan.flops <= 0.6 * result.plan.base.flops
+    assert result.report.laws["lowering"] < 1e-5
+    assert next(iter(result.plan.choices)) == "blocks"
+    assert f"patches left through blocks: {result.plan.choices['blocks']}" in str(result.plan)
+    together, alone = result.model(images(3))[1:2], result.model(images(3)[1:2])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+    assert isinstance(model.blocks, nn.Sequential), "the original is as it was"
+
+
+def test_the_file_holds_it(model: nn.Module, result: Conversion, tmp_path: Path) -> None:
+    loaded = msa2conv.load(result.save(tmp_path / "hybrid.safetensors"), vit(depth=3))
+    assert same(loaded, result.model) and isinstance(loaded.blocks, MergedStream)
+    torch.testing.assert_close(loaded(images(4)), result.model(images(4)), rtol=0, atol=0)
+
+
+def test_a_saved_calibration_decides_the_same(model: nn.Module, result: Conversion, tmp_path: Path) -> None:
+    assert result.calibration is not None
+    path = result.calibration.save(tmp_path / "calibration.safetensors")
+    loaded = Calibration.load(path, msa2conv.inspect(model).claims)
+    assert msa2conv.convert(model, 0.6, calibration=loaded).plan == result.plan
+
+
+def test_an_interrupted_calibration_goes_on(model: nn.Module, result: Conversion, tmp_path: Path) -> None:
+    arguments = {"data": images(), "levers": (SMALL, "ffn"), "resume": tmp_path}
+    first = msa2conv.calibrate(model, **arguments)
+    again = msa2conv.calibrate(model, **arguments)
+    assert first.stream is not None and again.stream is not None and result.calibration is not None
+    assert first.stream.scores == again.stream.scores == result.calibration.stream.scores  # type: ignore[union-attr]
+
+
+def test_it_is_off_unless_asked_for(model: nn.Module) -> None:
+    assert "merge_tokens" not in [lever.name for lever in resolve_levers(None)]
+    assert "merge_tokens" in [lever.name for lever in resolve_levers("all")]
+    result = msa2conv.convert(model, 0.6, data=images())
+    assert result.calibration is not None and result.calibration.stream is None
+    assert isinstance(result.model.blocks, nn.Sequential)
+
+
+def test_the_floor_is_what_the_cheapest_setting_reaches(model: nn.Module) -> None:
+    levers = resolve_levers((SMALL,))
+    seen = msa2conv.inspect(model, levers=levers)
+    drops = [Drop(block="0", keep=6)]
+    stream = seen.claims.stream
+    assert stream is not None and seen.floor == floor(seen.claims, seen.costs, levers)
+    assert seen.floor == count_flops(_shortened(model, stream.edit(drops)), images(1))
+    choice = msa2conv.choose(model, msa2conv.calibrate(model, images(), levers=levers), seen.floor)
+    assert msa2conv.make_plan(model, seen, choice.choices)[0].flops == seen.floor
+
+
+def _shortened(model: nn.Module, edit: Shorten) -> nn.Module:
+    shortened = copy.deepcopy(model)
+    apply_edits(shortened, [edit])
+    return shortened
+
+
+@pytest.mark.parametrize("keep", [(0.5, 1.0), (0.0,), ()])
+def test_keep_is_a_fraction(keep: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match=r"fraction of the patches|at least 1 item"):
+        MergeTokens(keep=keep)

@@ -1,0 +1,239 @@
+"""Merging through the network: against blocks that see every merged token as often as it counts; what it refuses."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from models import images, seeded, swin, vit
+from test_merging import by_hand
+from timm.models import checkpoint_seq
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+import msa2conv
+from msa2conv.errors import InvalidPlan, LayoutMismatch, UnsupportedArgument
+from msa2conv.laws import decision_margins
+from msa2conv.ops import Sizes
+from msa2conv.plan import Shorten
+from msa2conv.sites import StreamSite
+from msa2conv.stream import Drop, Line, Stream
+from msa2conv.transforms.apply import apply_edits
+
+LINES = {
+    "attention": Line(before=("norm1",), module="attn", after=("ls1", "drop_path1")),
+    "ffn": Line(before=("norm2",), module="mlp", after=("ls2", "drop_path2")),
+}
+
+
+def blocks(depth: int = 3, dim: int = 12) -> nn.Sequential:
+    return seeded(nn.Sequential(*(Block(dim, 3, qkv_bias=True, init_values=0.5) for _ in range(depth))))  # type: ignore[return-value]
+
+
+def stream(count: int, *drops: tuple[str, int], prefix: int = 2, groups: int = 1) -> Stream:
+    return Stream(
+        **LINES, prefix=prefix, groups=groups, count=count, sizes=Sizes(argument="attn_mask"),
+        drops=tuple(Drop(block=block, keep=keep) for block, keep in drops),
+    )  # fmt: skip
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("drops", [{"1": 6}, {"0": 10, "2": 8}, {"0": 11, "1": 8, "3": 6}], ids=str)
+def test_merged_tokens_count_as_often_as_they_stand(drops: dict[str, int]) -> None:
+    """Independently: no token goes, each becomes the mean of its group, and plain blocks see all of them."""
+    host, x = blocks(4), noise(1, 2 + 14, 12)
+    found = stream(14, *drops.items()).build(host)(x)
+    groups = [{place} for place in range(14)]
+    for name, block in host.named_children():
+        x = x + block.ls1(block.attn(block.norm1(x)))  # type: ignore[operator]
+        if name in drops:
+            tokens = torch.stack([x[0, 2 + min(group)] for group in groups])
+            groups = [set().union(*(groups[i] for i in joined)) for joined in by_hand(tokens, drops[name])]
+            for group in groups:
+                places = torch.tensor(sorted(group)) + 2
+                x[:, places] = x[:, places].mean(1, keepdim=True)
+        x = x + block.ls2(block.mlp(block.norm2(x)))  # type: ignore[operator]
+    torch.testing.assert_close(found, x, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep", [23, 20, 16])
+def test_equal_tokens_merge_without_a_trace(keep: int) -> None:
+    pairs = noise(2, 12, 12).repeat_interleave(2, 1)
+    x, host = torch.cat((noise(2, 2, 12), pairs), 1), blocks()
+    torch.testing.assert_close(stream(24, ("0", keep)).build(host)(x), host(x), rtol=1e-5, atol=1e-5)
+    untold = stream(24, ("0", keep)).model_copy(update={"sizes": None}).build(host)(x)
+    assert float((untold - host(x)).abs().max()) > 1e-3
+
+
+@torch.no_grad()
+def test_groups_do_not_see_each_other() -> None:
+    """With attentions that mix nothing, every group is merged as if it were alone."""
+    host = blocks(1)
+    host[0].attn = nn.Identity()  # type: ignore[assignment]
+    x = noise(2, 24, 12)
+    apart = [stream(8, ("0", 3), prefix=0).build(host)(part) for part in x.split(8, 1)]
+    together = stream(8, ("0", 3), prefix=0, groups=3)
+    assert together.tokens == 24
+    torch.testing.assert_close(together.build(host)(x), torch.cat(apart, 1))
+
+
+@torch.no_grad()
+def test_the_grid_comes_back_and_blocks_before_the_first_drop_run_themselves() -> None:
+    host, seen = blocks(), []
+    for block in host:
+        block.register_forward_hook(lambda _m, _a, out: seen.append(out.shape[1]))
+        block.mlp.register_forward_hook(lambda _m, _a, out: seen.append(-out.shape[1]))  # type: ignore[union-attr]
+    out = stream(14, ("1", 6), ("2", 3)).build(host)(noise(2, 16, 12))
+    assert out.shape == (2, 16, 12) and len(out[0, 2:].unique(dim=0)) <= 6
+    assert seen == [-16, 16, -8, -5]
+
+
+def test_gradients_reach_every_block_with_and_without_checkpointing() -> None:
+    merged, x = stream(14, ("0", 9), ("1", 5)).build(blocks()), noise(2, 16, 12).requires_grad_()
+    merged(x).square().sum().backward()
+    gradients = [parameter.grad.clone() for parameter in merged.parameters()]  # type: ignore[union-attr]
+    assert all(bool(gradient.any()) for gradient in gradients) and x.grad is not None
+    merged.zero_grad()
+    checkpoint_seq(merged, x).square().sum().backward()
+    for parameter, gradient in zip(merged.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+@torch.no_grad()
+def test_whoever_walks_over_it_meets_one_step() -> None:
+    host, x = blocks(), noise(2, 16, 12)
+    merged = stream(14, ("0", 9), ("1", 5)).build(host)
+    expected = merged(x)
+    assert list(merged) == [merged] and len(merged) == 1 and merged[0] is merged[-1] is merged[:] is merged
+    walked = x
+    for step in copy.deepcopy(merged):
+        walked = step(walked)
+    torch.testing.assert_close(walked, expected)
+    assert list(merged.state_dict()) == list(host.state_dict())
+    assert "9 patches behind the attention of 0" in repr(merged)
+    with pytest.raises(UnsupportedArgument) as caught:
+        merged[1]
+    assert str(caught.value) == (
+        "MergedStream[...]: found 1; expected all of its blocks. A hybrid that merges tokens through the network runs "
+        "its blocks as one: convert without merge_tokens."
+    )
+
+
+def test_a_mask_and_another_number_of_tokens_are_refused() -> None:
+    merged = stream(14, ("0", 9)).build(blocks())
+    with pytest.raises(UnsupportedArgument) as caught:
+        merged(noise(1, 16, 12), attn_mask=torch.zeros(16, 16))
+    assert str(caught.value) == (
+        "MergedStream.forward: found the argument 'attn_mask'; expected only the tokens. Merged tokens have no places "
+        "that it could speak of: call the model without it."
+    )
+    with pytest.raises(LayoutMismatch) as mismatch:
+        merged(noise(1, 15, 12))
+    assert str(mismatch.value) == (
+        "tokens 'b n c': found 15 tokens; expected 16 tokens. A hybrid runs at the image size it was converted for, "
+        "with all patches: convert again with example_inputs of the new size, and train it without patch dropout."
+    )
+
+
+def test_every_drop_must_leave_fewer() -> None:
+    with pytest.raises(ValueError, match=r"fewer patches than there were: \[14, 9, 9\]"):
+        Stream(**LINES, count=14, drops=(Drop(block="0", keep=9), Drop(block="1", keep=9)))
+
+
+def test_margins_see_its_decisions() -> None:
+    merged = stream(8, ("0", 5), prefix=0).build(blocks(1))
+    margins = decision_margins(merged, noise(4, 8, 12))
+    assert margins.shape == (4,) and bool(margins.isfinite().all()) and merged.watch is None
+
+
+@pytest.mark.parametrize(
+    ("edit", "text"),
+    [
+        (Shorten(path="norm", spec=stream(16, ("0", 5))), "a Sequential or a ModuleList of blocks"),
+        (Shorten(path="blocks", spec=stream(16, ("7", 5))), "no submodule '7' in Sequential"),
+        (
+            Shorten(path="blocks", spec=stream(16, ("0", 5)).model_copy(update={"ffn": Line(module="ffn")})),
+            "no submodule 'ffn' in Block",
+        ),
+    ],
+)
+def test_an_edit_that_does_not_fit_is_refused_before_anything_changes(edit: Shorten, text: str) -> None:
+    model = vit()
+    with pytest.raises(InvalidPlan, match=text):
+        apply_edits(model, [edit])
+    assert isinstance(model.blocks, nn.Sequential)
+
+
+# Where it is possible
+
+
+def found(model: nn.Module, size: int = 32) -> StreamSite | str:
+    seen = msa2conv.inspect(model, example_inputs=images(1, size))
+    return seen.claims.stream or str(seen.not_through)
+
+
+def test_the_two_lines_of_a_block_are_found_by_trial() -> None:
+    site = found(vit(init_values=1e-6))  # so small that a norm at the wrong place would hardly show
+    assert isinstance(site, StreamSite) and site.path == "blocks"
+    assert site.stream.attention.paths == ("norm1", "attn", "ls1", "drop_path1")
+    assert site.stream.ffn.paths == ("norm2", "mlp", "ls2", "drop_path2")
+    assert site.blocks == (("0", "blocks.0.attn", "blocks.0.mlp"), ("1", "blocks.1.attn", "blocks.1.mlp"))
+    assert site.tokens([Drop(block="0", keep=4)]) == dict(
+        zip(("blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp"), (17, 5, 5, 5), strict=True)
+    )
+
+
+def test_a_norm_behind_the_attention_is_found_too() -> None:
+    from timm.models.vision_transformer import ResPostBlock
+
+    site = found(vit(block_fn=ResPostBlock, init_values=0.5))
+    assert isinstance(site, StreamSite)
+    assert site.stream.attention.before == () and site.stream.attention.after[0] == "norm1"
+
+
+class Halved(Block):
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
+        x = x + 0.5 * self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def test_a_network_without_such_blocks_says_why() -> None:
+    assert found(swin(), 56) == "layers.0.blocks.0.attn cannot run on merged tokens"
+    reason = "blocks.0 is not x + attention(norm(x)), then x + ffn(norm(x)), in the same way as the blocks before"
+    assert found(vit(block_fn=Halved)) == reason
+
+
+class Looks(nn.Module):
+    """A ViT of which someone else wants what its first block returns."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.model.blocks[0]
+        tokens = self.model.blocks[1](first(self.model._pos_embed(self.model.patch_embed(x))))
+        out: Tensor = self.model.forward_head(self.model.norm(tokens))
+        return out
+
+
+def test_a_network_that_does_not_run_its_blocks_as_one_is_refused() -> None:
+    reason = found(Looks(vit()).eval())
+    assert reason == "the network does not run with model.blocks as one step (UnsupportedArgument)"
+
+
+def test_inspect_says_so() -> None:
+    assert (
+        "tokens can be merged through the network (levers='all'), behind any attention of blocks: what its blocks "
+        "return on the way is then lost"
+    ) in str(msa2conv.inspect(vit()))
+    assert "tokens cannot be merged through the network: layers.0.blocks.0.attn cannot run on merged tokens" in str(
+        msa2conv.inspect(swin())
+    )
