@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -62,6 +63,13 @@ def against(reference: torch.Tensor, found: torch.Tensor, labels: torch.Tensor) 
     return {"top-1": round(100 * float(after.double().mean()), 1), "lost": round(lost, 1), "95 %": interval}
 
 
+def device_name(device: str = "cpu") -> str:
+    """What a result says about where it was measured."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
 def peak_gib() -> float:
     """Largest resident memory of this process so far, in GiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -76,24 +84,27 @@ def write(
     note: str,
     key: str = "",
     order: Callable[[dict[str, Any]], Any] | None = None,
+    device: str = "cpu",
 ) -> None:
     """Write results/<name>.json; `python -m benchmarks.table` makes the tables.
 
     With `key`, rows of an earlier run on the same device with the same seed and versions are kept unless their value of
-    that key is measured anew: long sweeps can then be run in parts. `order` sorts the rows.
+    that key is measured anew: long sweeps can then be run in parts, also at the same time. `order` sorts the rows.
+    `device`: where it was measured.
     """
     about = {
         "command": command,
         "seed": seed,
-        "device": f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "device": device_name(device),
         "versions": versions(),
         "note": " ".join(note.split()),
     }
     path, kept = RESULTS / f"{name}.json", list[dict[str, Any]]()
-    if key and path.is_file():
-        before = json.loads(path.read_text())
-        if all(before[part] == about[part] for part in ("seed", "device", "versions")):
-            kept = [row for row in before["rows"] if row[key] not in {row[key] for row in rows}]
-    merged = [*kept, *rows]
-    write_json(path, {**about, "rows": sorted(merged, key=order) if order else merged})
+    with FileLock(path.with_suffix(".lock")):
+        if key and path.is_file():
+            before = json.loads(path.read_text())
+            if all(before[part] == about[part] for part in ("seed", "device", "versions")):
+                kept = [row for row in before["rows"] if row[key] not in {row[key] for row in rows}]
+        merged = [*kept, *rows]
+        write_json(path, {**about, "rows": sorted(merged, key=order) if order else merged})
     print(json.dumps(about, indent=2), "\nnow: python -m benchmarks.table")

@@ -150,9 +150,9 @@ def convert(
             that start with one, a Dataset, a DataLoader or a tensor. None: photos shipped with msa2conv; your own
             images give a better hybrid.
         example_inputs: a float tensor [B, C, H, W]; by default of the size the model declares.
-        levers: what may change: names ("mixer", "ffn", "merge_in_site", "thin_attention") or configured levers
-            (`Mixer(...)`, `FFN(...)`, `MergeInSite(...)`, `ThinAttention(...)`); None: all that the search knows and
-            that keep the token grid; "all": every one.
+        levers: what may change: names ("mixer", "ffn", "merge_in_site", "thin_attention", "merge_tokens") or
+            configured levers (`Mixer(...)`, `FFN(...)`, `MergeInSite(...)`, `ThinAttention(...)`, `MergeTokens(...)`);
+            None: all that keep the token grid, which "merge_tokens" does not; "all": every one.
         calibration: a `Calibration` of this model: a budget then takes seconds, and `data` only serves distillation.
         adapters: who looks for sites.
         images: how many calibration images to read at most.

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import __version__
 from .data import EMBEDDED
 from .errors import ArchitectureMismatch, InvalidCheckpoint
 from .files import MODEL_FILE, write_json, write_text
 from .hub import is_transformers, write_config
-from .plan import Plan, weights_sha256
+from .plan import Plan, Wrap, weights_sha256
 from .planning import Choice
 from .report.conversion import Report, model_card
 from .search.calibrate import Calibration
@@ -169,7 +170,7 @@ def make_report(
         versions=versions(),
         device=_device_name(run.device),
         laws=run.laws,
-        warnings=[*run.warnings, *calibration.warnings, *_hints(calibration, found)],
+        warnings=[*run.warnings, *calibration.warnings, *_hints(plan, calibration, found)],
     )
 
 
@@ -199,8 +200,8 @@ def decided_report(plan: Plan, decided_by: str, laws: Mapping[str, float], **kno
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that figures depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("msa2conv", "torch", "timm", "fvcore", "torch-pruning", "scipy", "numpy"):
+    found = {"python": platform.python_version(), "msa2conv": __version__}
+    for name in ("torch", "timm", "fvcore", "torch-pruning", "scipy", "numpy"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -216,8 +217,15 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({os.cpu_count()} cores)"
 
 
-def _hints(calibration: Calibration, found: float) -> list[str]:
+def _hints(plan: Plan, calibration: Calibration, found: float) -> list[str]:
     hints = []
+    merging = sum(isinstance(edit, Wrap) for edit in plan.edits)
+    if merging:
+        hints.append(
+            f"tokens are merged inside {merging} modules: this saves FLOPs, and time in large batches on a CPU, but "
+            "costs time on a GPU and for single images; where time counts, measure it, or leave merge_in_site out "
+            "(levers=('mixer', 'ffn', 'thin_attention', 'merge_tokens'))"
+        )
     if calibration.source.startswith(EMBEDDED):
         hints.append(
             "calibrated on the shipped photos: pass data=your images (64 to 256, no labels) for a better hybrid"

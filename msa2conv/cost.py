@@ -221,6 +221,7 @@ class CostModel:
         samples: {site path: ((tokens, multiply-adds of the module there on so many), ...)} of sites that can run on
             fewer tokens: three points of a polynomial of degree two, or two where it is linear.
         beside: {site path: multiply-adds of what stands beside it in its residual line} of sites in a stream.
+        heads: {site path: multiply-adds of one head} of attentions that can only lose whole ones.
     """
 
     base: int
@@ -229,6 +230,7 @@ class CostModel:
     shapes: dict[str, tuple[int, ...]]
     samples: dict[str, Samples] = field(default_factory=dict)
     beside: dict[str, int] = field(default_factory=dict)
+    heads: dict[str, int] = field(default_factory=dict)
 
     @property
     def rest(self) -> int:
@@ -256,7 +258,7 @@ class CostModel:
         units = {site.path: counts[site.path] - narrowed[site.path] for site in ffns}
         hosts = {s.path: s.hidden * units[s.path] if isinstance(s, FFNSite) else counts[s.path] for s in sites}
         samples, beside = _samples(model, seen, sites, counts), {} if stream is None else _beside(stream, counts)
-        return cls(counts[""], hosts, units, shapes, samples, beside)
+        return cls(counts[""], hosts, units, shapes, samples, beside, _heads(model, seen, sites, counts))
 
     def mixer(self, site: AttentionSite, spec: MixerSpec, tokens: int | None = None) -> int:
         """Multiply-adds of a mixer at a site, on so many tokens (prefix tokens included), or on all."""
@@ -313,6 +315,16 @@ class CostModel:
 @cache  # blocks are alike
 def _mixer_flops(spec: MixerSpec, io: IO, shape: tuple[int, ...]) -> int:
     return 0 if spec.kind in ("skip", "identity") else flops_by_module(spec.build(io), torch.zeros(shape))[""]
+
+
+def _heads(model: nn.Module, seen: Observation, sites: Iterable[Site], counts: Mapping[str, int]) -> dict[str, int]:
+    able = {site.path: site.head_units for site in sites if isinstance(site, AttentionSite) and site.head_units}
+    if not able:
+        return {}
+    narrow = copy.deepcopy(model)
+    apply_edits(narrow, [edit for path, units in able.items() for edit in units.edits(path, range(units.heads - 1))])
+    narrowed = flops_by_module(lift(narrow, sites).model, seen.inputs)
+    return {path: counts[path] - narrowed[path] for path in able}
 
 
 def _beside(stream: StreamSite, counts: Mapping[str, int]) -> dict[str, int]:

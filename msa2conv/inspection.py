@@ -14,6 +14,7 @@ from .levers import Lever, floor, resolve_levers
 from .plan import parameter_count
 from .report.inspection import Inspection
 from .sites import observe
+from .transforms.heads import with_heads
 from .transforms.mergeable import with_merging
 from .transforms.streams import find_stream
 from .workbench import example_input, own_randomness, unwrap, working_copy
@@ -81,6 +82,7 @@ def inspect_copy(
     seen = observe(work, example)
     claims = find_sites(work, seen, adapters)
     sites, unmerged = with_merging(work, claims.sites, seen)
+    sites = with_heads(work, sites, seen)
     stream = find_stream(work, sites, seen)
     claims = replace(claims, sites=sites, stream=None if isinstance(stream, str) else stream)
     costs = CostModel.measure(work, seen, claims.sites, claims.stream)

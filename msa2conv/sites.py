@@ -87,6 +87,36 @@ class Merging:
 
 
 @dataclass(frozen=True)
+class HeadUnits:
+    """What hangs on the heads of an attention; paths are relative to it.
+
+    Args:
+        heads: how many there are.
+        hanging: (parameter or buffer, dimension, offset, width): head j is offset + [j width, (j + 1) width) there.
+        attributes: (attribute, its value for one head) of plain numbers that count heads or their channels.
+    """
+
+    heads: int
+    hanging: tuple[tuple[str, int, int, int], ...]
+    attributes: tuple[tuple[str, int], ...] = ()
+
+    def edits(self, path: str, kept: Iterable[int]) -> tuple[Edit, ...]:
+        """The Edits that leave these heads of the attention at `path`."""
+        kept = sorted(kept)
+        blocks: dict[tuple[str, int], list[int]] = {}
+        for name, dim, offset, width in self.hanging:
+            parts = [range(offset + head * width, offset + (head + 1) * width) for head in kept]
+            blocks.setdefault((name, dim), []).extend(index for part in parts for index in part)
+        edits: list[Edit] = [
+            Slice(path=f"{path}.{name}", dim=dim, kept=ranges(found)) for (name, dim), found in blocks.items()
+        ]
+        for attribute, per_head in self.attributes:
+            inner, _, name = attribute.rpartition(".")
+            edits.append(SetAttr(path=f"{path}.{inner}".rstrip("."), name=name, value=per_head * len(kept)))
+        return tuple(edits)
+
+
+@dataclass(frozen=True)
 class AttentionSite:
     """One self-attention over an image grid.
 
@@ -99,6 +129,7 @@ class AttentionSite:
         io: its calling convention.
         projections: names of its weights; None where they are not kept by heads in Linear layers.
         merging: how its tokens can be merged; None where they cannot, or before that was tried.
+        head_units: what hangs on its heads, of a host that is more than its projections; None where that is unknown.
     """
 
     path: str
@@ -110,6 +141,7 @@ class AttentionSite:
     io: IO
     projections: Projections | None = None
     merging: Merging | None = None
+    head_units: HeadUnits | None = None
 
 
 Unit = tuple[str, int] | tuple[str, int, int]

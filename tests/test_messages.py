@@ -974,7 +974,7 @@ TWICE = {"kind": "slice", "path": "blocks.0.norm1.bias", "dim": 0}
             edit(kind="slice", path="pos_embed", dim=2, kept=[[0, 8]]),
             "pos_embed",
             "a parameter of VisionTransformer; expected Linear, LayerNorm, BatchNorm, a convolution that is ungrouped "
-            f"or depthwise, or a vector of its own. {PLAN_HINT}",
+            f"or depthwise, or a vector or table that a composed module holds itself. {PLAN_HINT}",
         ),
         (
             lambda plan: plan["edits"].extend([{**TWICE, "kept": [[0, 8]]}, {**TWICE, "kept": [[8, 16]]}]),
@@ -1024,7 +1024,7 @@ TWICE = {"kind": "slice", "path": "blocks.0.norm1.bias", "dim": 0}
             f"value error, keep 16 must be less than count 16 at edits.…; expected {DAMAGED_PLAN}",
         ),
         (edit(**FORWARD), "blocks.0.forward", f"int for a missing attribute; expected an existing …. {PLAN_HINT}"),
-        (edit(kind="call", path="head"), None, f"input tag 'call' …'wrap' at edits.…; expected {DAMAGED_PLAN}"),
+        (edit(kind="call", path="head"), None, f"input tag 'call' …'shorten' at edits.…; expected {DAMAGED_PLAN}"),
         (
             lambda plan: plan.update(code="import os"),
             None,

@@ -44,6 +44,18 @@ class TokenMerging(nn.Module):
         return x_BNC + block.ls2(block.mlp(block.norm2(x_BNC))), size_BN
 
 
+def token_merging(model: nn.Module, schedule: tuple[int, ...]) -> TokenMerging:
+    """The rival, in eval mode."""
+    assert isinstance(model, VisionTransformer)
+    return TokenMerging(model, schedule).eval()
+
+
+def constant(model: nn.Module, going: int) -> tuple[int, ...]:
+    """The same in every block, save the last: behind its attention nobody asks."""
+    assert isinstance(model, VisionTransformer)
+    return (going,) * (len(model.blocks) - 1) + (0,)
+
+
 def _attend(attention: Attention, x_BNC: Tensor, size_BN: Tensor) -> tuple[Tensor, Tensor]:
     """Proportional attention, and the mean of the heads' keys, which cost nothing more."""
     batch, count, dim = x_BNC.shape

@@ -48,6 +48,7 @@ class Lever(str, Enum):
     ffn = "ffn"
     merge_in_site = "merge_in_site"
     thin_attention = "thin_attention"
+    merge_tokens = "merge_tokens"
 
 
 @app.command()
@@ -70,7 +71,7 @@ def convert(
     num_classes: Classes = None,
     images: Annotated[Path | None, typer.Option(help="ImageFolder to calibrate on; default: shipped photos.")] = None,
     number: Annotated[int, typer.Option("--number", "-n", help="How many calibration images at most.")] = 256,
-    lever: Annotated[list[Lever] | None, typer.Option(help="What may change; repeat it. Default: all.")] = None,
+    lever: Annotated[list[Lever] | None, typer.Option(help="What may change; repeat it.")] = None,
     distill_steps: Annotated[int, typer.Option(help="Steps of label-free polish.")] = 0,
     seed: int = 0,
     progress: bool = True,

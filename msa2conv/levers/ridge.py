@@ -11,6 +11,22 @@ from torch import Tensor
 STRENGTHS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 
 
+def precise(x: Tensor) -> Tensor:
+    """In float64, in which a Gram of any rows is positive semidefinite for all that follows."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
+def gram_of(rows_LD: Tensor) -> Tensor:
+    """rows^T rows, of one matrix or of several."""
+    return rows_LD.transpose(-2, -1) @ rows_LD
+
+
+def floor_of(covariance_II: Tensor, strength: float) -> Tensor:
+    """What a ridge of this strength, relative to the mean variance, adds to a covariance."""
+    size = len(covariance_II)
+    return strength * covariance_II.diagonal().mean().clamp_min(1e-12) * torch.eye(size, dtype=torch.double)
+
+
 def solve_ridge(gram_II: Tensor, cross_IO: Tensor, strength: float) -> Tensor:
     """(gram + strength mean(diag) I)^-1 cross, by Cholesky; -> [I, O]."""
     size = gram_II.shape[0]

@@ -1,5 +1,8 @@
 """Lever "thin_attention": an attention keeps fewer heads, or narrower queries, keys and values; all in closed form.
 
+An attention that is more than its projections (relative positions, a norm of queries) can only lose whole heads, where
+these are a matter of slices: see `fewer_heads`.
+
 Scores: q^T k is replaced by its best approximation of lower rank in the metric of the queries and keys that occur: with
 Cq = Lq Lq^T the second moment of q and Ck = Lk Lk^T the covariance of k inside an image (a constant in k cancels in the
 softmax), the truncated SVD of Lq^T Lk. Values: each head keeps the directions of its average that the output projection
@@ -13,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -24,18 +27,21 @@ from ..ops import Attend, AttendMixer, as_sequence
 from ..options import Option
 from ..plan import Replace
 from ..sites import AttentionSite, Projections, Site
-from .base import Alone, attention_weights, host_option, is_plain
-from .ridge import solve_ridge
+from .base import Alone, Record, Statistics, attention_weights, host_option, is_plain
+from .fewer_heads import HeadRecord, HeadStatistics, kept_heads
+from .ridge import floor_of, gram_of, precise, solve_ridge
 
 Share = tuple[float, float, float]
 _PLAIN = 1e-4  # relative difference up to which the host is softmax(scale q k^T) v and nothing else
 
 
 class ThinAttention(BaseModel, Alone):
-    """How thin an attention may become. Only plain softmax attentions qualify, whose projections are stated.
+    """How thin an attention may become.
 
     Args:
-        shares: fractions of (heads, width of queries and keys, width of values) that are kept.
+        shares: fractions of (heads, width of queries and keys, width of values) that are kept of a plain softmax
+            attention whose projections are stated.
+        heads: fractions of the heads that are kept of another one, where its heads are a matter of slices.
         ridge: strength of the ridge, relative to the mean variance of an input of the output projection.
 
     Example:
@@ -46,6 +52,7 @@ class ThinAttention(BaseModel, Alone):
 
     name: Literal["thin_attention"] = "thin_attention"
     shares: tuple[Share, ...] = Field(default=((1, 0.5, 1), (1, 0.25, 1), (1, 0.5, 0.5), (0.34, 0.5, 1)), min_length=1)
+    heads: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.75, 0.5, 0.25)
     ridge: float = Field(default=1e-3, gt=0)
 
     @field_validator("shares")
@@ -57,10 +64,10 @@ class ThinAttention(BaseModel, Alone):
         return shares
 
     @staticmethod
-    def read(
-        site: AttentionSite, costs: CostModel, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]
-    ) -> AttentionRecord:
+    def read(site: AttentionSite, costs: CostModel, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Record:
         """What `Record.state()` described."""
+        if "kept" in meta:
+            return HeadRecord.read(site, costs, meta, tensors)
 
         def own(index: int) -> dict[str, Tensor]:
             return {k.split("|", 1)[1]: v for k, v in tensors.items() if k.split("|", 1)[0] == str(index)}
@@ -72,17 +79,26 @@ class ThinAttention(BaseModel, Alone):
         return AttentionRecord(site, costs, candidates)
 
     def applies(self, site: Site) -> bool:
-        return isinstance(site, AttentionSite) and site.merging is not None and is_plain(site)
+        if not isinstance(site, AttentionSite):
+            return False
+        return site.head_units is not None or (site.merging is not None and is_plain(site))
 
     def cheapest(self, site: Site, costs: CostModel) -> Option:
-        return host_option(site, costs)  # whether it is plain indeed is known once it has been seen
+        host = host_option(site, costs)  # whether it is plain indeed is known once it has been seen
+        assert isinstance(site, AttentionSite)
+        if site.head_units is None or not self.heads:
+            return host
+        gone = site.head_units.heads - max(1, round(min(self.heads) * site.head_units.heads))
+        return replace(host, flops=host.flops - gone * costs.heads[site.path], flops_on=None)
 
     def memory(self, site: Site) -> int:
         assert isinstance(site, AttentionSite)
         return 8 * (site.heads * site.head_dim) ** 2
 
-    def statistics(self, site: Site, host: nn.Module, prefix_weight: float, ridge_factor: float) -> AttentionStatistics:
+    def statistics(self, site: Site, host: nn.Module, prefix_weight: float, ridge_factor: float) -> Statistics:
         assert isinstance(site, AttentionSite)
+        if site.head_units is not None:
+            return HeadStatistics(site, host, self.heads, self.ridge * ridge_factor, prefix_weight)
         lever = self.model_copy(update={"ridge": self.ridge * ridge_factor})
         return AttentionStatistics(lever, site, host, prefix_weight)
 
@@ -139,11 +155,11 @@ class AttentionStatistics:
         weights_BN1[:, : self.site.layout.prefix] = self.prefix_weight
         key_BNI = whole.k(tokens_BNC)
         query_KLD, key_KLD = map(self._by_heads, (whole.q(tokens_BNC), key_BNI - key_BNI.mean(1, keepdim=True)))
-        weights_L1 = weights_BN1.reshape(-1, 1)
-        self.query_KDD += torch.bmm(query_KLD.transpose(1, 2), query_KLD * weights_L1).cpu()
-        self.key_KDD += torch.bmm(key_KLD.transpose(1, 2), key_KLD).cpu()
-        value_LI = value_BNI.reshape(-1, value_BNI.shape[-1])
-        self.value_II += (value_LI.T @ (value_LI * weights_L1)).cpu()
+        weights_L1 = precise(weights_BN1.reshape(-1, 1))
+        value_LI = precise(value_BNI.reshape(-1, value_BNI.shape[-1]))
+        self.query_KDD += gram_of(precise(query_KLD) * weights_L1.sqrt()).cpu()
+        self.key_KDD += gram_of(precise(key_KLD)).cpu()
+        self.value_II += gram_of(value_LI * weights_L1.sqrt()).cpu()
         self.value_I += (value_LI * weights_L1).sum(0).cpu()
         self.total += float(weights_L1.sum())
 
@@ -187,8 +203,8 @@ def thinned(weights: Mapping[str, Tensor], moments: Moments, heads: int, qk_dim:
         heads, qk_dim, v_dim: what is kept.
     """
     total, width = moments.query_KDD.shape[:2]
-    inputs = moments.value_II + _floor(moments.value_II, moments.ridge)
-    kept = _kept_heads(weights["proj.weight"], inputs, total, heads)
+    inputs = moments.value_II + floor_of(moments.value_II, moments.ridge)
+    kept = kept_heads(weights["proj.weight"], inputs, total, heads)
     found: dict[str, list[Tensor]] = {"q.weight": [], "q.bias": [], "k.weight": [], "v.weight": [], "v.bias": []}
     readers = []
     for head in kept:
@@ -210,33 +226,9 @@ def thinned(weights: Mapping[str, Tensor], moments: Moments, heads: int, qk_dim:
     return {name: value.float().contiguous() for name, value in tensors.items()}
 
 
-def _floor(covariance: Tensor, strength: float) -> Tensor:
-    size = len(covariance)
-    return strength * covariance.diagonal().mean().clamp_min(1e-12) * torch.eye(size, dtype=torch.double)
-
-
-def _kept_heads(weight_OI: Tensor, covariance_II: Tensor, total: int, heads: int) -> list[int]:
-    """Without those whose removal, the others refitted, changes the output least: one after the other."""
-    inverse_II, weight_OI = torch.linalg.inv(covariance_II), weight_OI.clone()
-    width, alive = len(covariance_II) // total, list(range(total))
-    while len(alive) > heads:
-        costs = []
-        for head in alive:
-            rows = slice(head * width, (head + 1) * width)
-            costs.append(
-                float((weight_OI[:, rows] @ torch.linalg.inv(inverse_II[rows, rows]) * weight_OI[:, rows]).sum())
-            )
-        head = alive.pop(min(range(len(costs)), key=costs.__getitem__))
-        rows = slice(head * width, (head + 1) * width)
-        step_DI = torch.linalg.solve(inverse_II[rows, rows], inverse_II[rows])
-        weight_OI -= weight_OI[:, rows] @ step_DI
-        inverse_II -= inverse_II[:, rows] @ step_DI
-    return alive
-
-
 def _narrow_scores(query_DD: Tensor, key_DD: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Maps of queries and keys to `rank` numbers whose products approximate q^T k best -> [E, D] twice."""
-    query_L, key_L = (torch.linalg.cholesky(moment + _floor(moment, 1e-6)) for moment in (query_DD, key_DD))
+    query_L, key_L = (torch.linalg.cholesky(moment + floor_of(moment, 1e-6)) for moment in (query_DD, key_DD))
     left_DE, strength_E, right_ED = torch.linalg.svd(query_L.T @ key_L)
     root_E = strength_E[:rank].sqrt()
     # q' = S^1/2 U^T Lq^-1 q and k' = S^1/2 V^T Lk^-1 k

@@ -102,6 +102,7 @@ class Calibration:
             "shapes": self.costs.shapes,
             "samples": self.costs.samples,
             "beside": self.costs.beside,
+            "heads": self.costs.heads,
         }
         stream = None if self.stream is None else self.stream.state()
         about = {

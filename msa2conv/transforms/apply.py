@@ -17,7 +17,10 @@ from ..plan import Edit, Plan, Replace, SetAttr, Shorten, Slice, Wrap, fingerpri
 
 _HINT = "Apply a Plan only to the model it was made for; do not edit Plans by hand."
 _SLICEABLE = (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.modules.batchnorm._BatchNorm)
-_SLICEABLE_TEXT = "Linear, LayerNorm, BatchNorm, a convolution that is ungrouped or depthwise, or a vector of its own"
+_SLICEABLE_TEXT = (
+    "Linear, LayerNorm, BatchNorm, a convolution that is ungrouped or depthwise, or a vector or table that a composed "
+    "module holds itself"
+)
 _LARGEST_GROWTH = 64  # a new mixer may hold so many times the parameters of the module that it replaces
 
 
@@ -201,10 +204,11 @@ def _numel(module: nn.Module) -> int:
 
 
 def _sliceable(owner: nn.Module, parameter: Tensor) -> bool:
-    """Whether it is known what else must change; nothing, where a composed module holds a vector itself."""
+    """Whether it is known what else must change; nothing, where a composed module holds a vector or table itself."""
     if isinstance(owner, nn.Conv2d):
         return owner.groups in (1, owner.weight.shape[0])
-    return isinstance(owner, _SLICEABLE) or (parameter.ndim == 1 and any(owner.children()))
+    small = parameter.ndim <= 2 or parameter.numel() == max(parameter.shape)  # a vector, or a table of heads
+    return isinstance(owner, _SLICEABLE) or (small and any(owner.children()))
 
 
 def _parameter(model: nn.Module, path: str) -> tuple[nn.Module, Tensor]:

@@ -42,7 +42,7 @@ def hidden_units(
     given = [name for name, value in arguments.items() if isinstance(value, Given)]
     if given:
         return f"it is called with {given[0]!r}, which cannot be traced"
-    ffn = _random_copy(ffn)
+    ffn = random_copy(ffn)
     widths = () if split is None else tuple(getattr(ffn, split))
     layer = ffn.get_submodule(output)
     hidden = _inputs_of(layer)
@@ -73,7 +73,7 @@ def _inputs_of(layer: nn.Module) -> int | None:
     return None
 
 
-def _random_copy(ffn: nn.Module) -> nn.Module:
+def random_copy(ffn: nn.Module) -> nn.Module:
     """A float32 copy on the CPU whose weights and statistics all matter; also of a module on the meta device."""
     ffn = copy.deepcopy(ffn)
     ffn = (ffn.to_empty(device="cpu") if any(p.is_meta for p in ffn.parameters()) else ffn.cpu()).float().eval()

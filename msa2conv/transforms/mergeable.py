@@ -72,7 +72,7 @@ def with_merging(model: nn.Module, sites: Iterable[Site], seen: Observation) -> 
         module, call = model.get_submodule(site.path), seen.once(site.path)
         assert call is not None and call.x is not None
         holds_others = any(other.path.startswith(f"{site.path}.") for other in sites)
-        key = (repr(module), _shapes(module), repr(call), holds_others, site.layout, prefixes.get(site.block))
+        key = (repr(module), shapes_of(module), repr(call), holds_others, site.layout, prefixes.get(site.block))
         if key not in known:
             reason = "it is a block around other sites" if holds_others else None
             known[key] = reason or _merging(site, module, call, prefixes.get(site.block, 0))
@@ -83,7 +83,8 @@ def with_merging(model: nn.Module, sites: Iterable[Site], seen: Observation) -> 
     return tuple(found), refused
 
 
-def _shapes(module: nn.Module) -> str:
+def shapes_of(module: nn.Module) -> str:
+    """Of all parameters and buffers, as a key: modules that print alike may differ in them."""
     return repr([(name, tuple(value.shape)) for name, value in module.state_dict().items()])
 
 
