@@ -52,8 +52,9 @@ class HeadStatistics:
         self.site, self.ridge, self.prefix_weight = site, ridge, prefix_weight
         self.heads = site.head_units.heads
         self.counts = sorted({max(1, round(share * self.heads)) for share in shares} - {self.heads}, reverse=True)
-        self.out: Any = host.get_submodule(site.projections.out.path)
-        size = int(self.out.in_features)
+        out = host.get_submodule(site.projections.out.path)
+        assert isinstance(out, nn.Linear)
+        self.out, size = out, out.in_features
         self.gram_II, self.sum_I = torch.zeros(size, size, dtype=torch.double), torch.zeros(size, dtype=torch.double)
         self.total = 0.0
         self.handle = self.out.register_forward_pre_hook(lambda _m, args: self._read(args[0]))

@@ -1,4 +1,4 @@
-"""Whole heads of attentions that cannot be restated: what hangs on one is found by trial, which goes is told by data."""
+"""Whole heads of attentions that cannot be restated: what hangs on one is found by trial, which go is told by data."""
 
 from __future__ import annotations
 
