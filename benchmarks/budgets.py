@@ -2,8 +2,9 @@
 
     python -m benchmarks.budgets
 
-Random weights and 8 calibration images: the budget does not depend on how good a score is, so this tests the solver,
-the cost table and the surgery. Never above the target, within 1 % below it, and equal to an independent count.
+Every lever, random weights and 8 calibration images: the budget does not depend on how good a score is, so this tests
+the solver, the cost table and the surgery. Never above the target, within 1 % below it, and equal to an independent
+count.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 import msa2conv
 from msa2conv.api import calibrate, inspect, make_plan
 from msa2conv.cost import count_flops
+from msa2conv.search.solve import solve_settings
 
 from .common import write
 
@@ -40,15 +42,19 @@ def main() -> None:
     for name in args.models:
         torch.manual_seed(args.seed)
         model = timm.create_model(name).eval()
-        seen = inspect(model)
+        seen = inspect(model, levers="all")
         images = torch.randn(8, 3, 224, 224, generator=torch.Generator().manual_seed(args.seed))
-        options = calibrate(model, images, seed=args.seed).options()
-        used, wrong = [], 0
+        calibration = calibrate(model, images, levers="all", seed=args.seed)
+        options, settings = calibration.options(), calibration.settings()
+        used, wrong, merged = [], 0, 0
         for index in range(args.targets):
             share = (index + 0.5) / args.targets
             target = int(seen.floor + share * (seen.costs.base - seen.floor))
-            choices = msa2conv.solve(options, seen.costs.rest, target)
+            setting, choices = solve_settings(settings, options, seen.costs.rest, target)
+            if setting.option is not None:
+                choices = {(option := setting.option()).site: option} | choices
             flops = seen.costs.rest + sum(option.flops for option in choices.values())
+            merged += setting.option is not None
             if index % max(1, args.targets // args.built) == 0:
                 plan, tensors = make_plan(model, seen, choices)
                 hybrid = msa2conv.apply(plan, model, tensors)
@@ -62,6 +68,7 @@ def main() -> None:
             "below 99 %": sum(value < 0.99 for value in used),
             "least used": f"{min(used):.2%}",
             "most used": f"{max(used):.3%}",
+            "merged through the network": merged,
             "counts that differ": wrong,
         }
         print(row, flush=True)

@@ -126,7 +126,7 @@ class MergedStream(nn.Module):
             assert block is not None
             keep = self.keep.get(name)
             if merged is None and keep is None:
-                x = block(x)
+                x = block(x, *args, **kwargs)
                 continue
             told = spec.sizes if merged is not None else None
             x = spec.attention.run(block, x, **({told.argument: told.mask(merged.size_BN)} if told and merged else {}))

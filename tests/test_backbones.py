@@ -24,7 +24,8 @@ from msa2conv.options import Option
 from msa2conv.report.inspection import Inspection
 from msa2conv.search.measure import tensor_of
 from msa2conv.sites import tensor_in
-from msa2conv.transforms.apply import replace_submodule
+from msa2conv.stream import Drop
+from msa2conv.transforms.apply import apply_edits, replace_submodule
 from msa2conv.workbench import working_copy
 
 # One worker for a family, which is then converted once.
@@ -34,7 +35,7 @@ FAMILIES = pytest.mark.parametrize(
 # What is left without the claimed attentions still looks at the whole map: class, channel or strided attention.
 NOT_LOCAL = ("levit", "efficientformer_v2", "gcvit")
 # Every kind of option, few of each.
-LEVERS = ("mixer", "ffn", MergeInSite(keep=(0.5,)), ThinAttention(shares=((1, 0.5, 0.5),)))
+LEVERS = ("mixer", "ffn", MergeInSite(keep=(0.5,)), ThinAttention(shares=((1, 0.5, 0.5),), heads=(0.5,)))
 NO_CHECKPOINTING = (
     "convit",
     "crossvit",
@@ -91,6 +92,34 @@ def test_it_converts(family: str, tmp_path: Path) -> None:
     again = msa2conv.load(result.save(tmp_path / "hybrid.safetensors"), model)
     assert torch.equal(output(again, images), output(result.model, images))
     assert mixing(result.model, images) <= max(1e-5, mixing(model, images))  # timm 1.0.21's GC ViT mixes images
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=pytest.mark.xdist_group(name))
+        for name in ("tv_vit", "hf_vit", "hf_clip", "hf_dinov2", "pit")
+    ],
+)
+@torch.no_grad()
+def test_tokens_merge_through_the_network(family: str) -> None:
+    """Half of them behind the first attention: other outputs of the same shape, at the cost that is foretold."""
+    model, seen = inspected(family)
+    images, stream = backbones.images(family, 3), seen.claims.stream
+    assert stream is not None
+    drops = [Drop(block=stream.blocks[0][0], keep=stream.stream.count // 2)]
+    hybrid = copy.deepcopy(model)
+    apply_edits(hybrid, [stream.edit(drops)])
+    fewer = {site.path: site for site in seen.claims.sites if site.path in stream.fewer(drops)}
+    saved = sum(seen.costs.hosts[path] - seen.costs.on(site, stream.fewer(drops)[path]) for path, site in fewer.items())
+    assert count_flops(hybrid, images) == seen.costs.base + seen.costs.shortened(stream, drops) - saved
+    merged, whole = output(hybrid, images), output(model, images)
+    assert merged.shape == whole.shape and not torch.allclose(merged, whole, rtol=1e-3, atol=1e-3)
+    alone = output(hybrid, images[1:2])
+    torch.testing.assert_close(merged[1:2], alone, rtol=1e-4, atol=1e-4)
+    torch.compiler.reset()
+    compiled = torch.compile(hybrid, backend="eager", fullgraph=True)
+    torch.testing.assert_close(tensor_of(compiled(images)), merged, rtol=1e-5, atol=1e-5)
 
 
 @FAMILIES

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from ..cost import CostModel
 from ..options import Option
 from ..sites import AttentionSite, FFNSite, Site
+
+
+def _between(keep: tuple[float, ...]) -> tuple[float, ...]:
+    for fraction in keep:
+        if not 0 < fraction < 1:
+            raise ValueError(f"{fraction} is no fraction of the patches: use numbers between 0 and 1")
+    return keep
+
+
+Fractions = Annotated[tuple[float, ...], Field(min_length=1), AfterValidator(_between)]  # of the patches
 
 
 def host_option(site: Site, costs: CostModel) -> Option:

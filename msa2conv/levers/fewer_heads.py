@@ -10,7 +10,7 @@ Shape suffixes: L rows, K heads, D head dim, I = K D, J inputs that are left, O 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..cost import CostModel
 from ..options import Option
 from ..sites import AttentionSite
-from .base import Alone, host_option
+from .fitted import FittedRecord
 from .ridge import floor_of, gram_of, precise, solve_ridge
 
 
@@ -88,7 +88,8 @@ class HeadStatistics:
             if out.bias is not None:
                 lost_O = weight_OI @ mean_I - refit_JO.T @ mean_I[rows]
                 tensors["bias"] = (out.bias.detach().cpu().double() + lost_O).float()
-            candidates.append(Kept(tuple(kept), tensors))
+            name = f"attend{count}x{self.site.head_dim}x{self.site.head_dim}"
+            candidates.append(Kept(name, tuple(kept), tensors))
         return HeadRecord(self.site, costs, tuple(candidates))
 
 
@@ -96,68 +97,37 @@ class HeadStatistics:
 class Kept:
     """Heads that are left, and the output projection refitted to them."""
 
+    name: str
     heads: tuple[int, ...]
     tensors: Mapping[str, Tensor]
     score: float | None = None
 
-
-@dataclass(frozen=True)
-class HeadRecord(Alone):
-    """One attention with fewer heads."""
-
-    at: AttentionSite
-    costs: CostModel
-    candidates: tuple[Kept, ...]
+    def described(self) -> dict[str, Any]:
+        return {"name": self.name, "heads": list(self.heads)}
 
     @classmethod
-    def read(
-        cls, site: AttentionSite, costs: CostModel, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]
-    ) -> HeadRecord:
-        """What `state` described."""
-        found = []
-        for index, item in enumerate(meta["kept"]):
-            own = {k.split("|", 1)[1]: v for k, v in tensors.items() if k.split("|", 1)[0] == str(index)}
-            found.append(Kept(tuple(item["heads"]), own, item["score"]))
-        return cls(site, costs, tuple(found))
+    def restored(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor], score: float | None) -> Kept:
+        return cls(described["name"], tuple(described["heads"]), tensors, score)
 
-    @property
-    def site(self) -> str:
-        return self.at.path
 
-    def options(self) -> list[Option]:
-        return [host_option(self.at, self.costs), *self.to_measure()]
+class HeadRecord(FittedRecord[Kept]):
+    """One attention with fewer heads."""
 
-    def to_measure(self) -> list[Option]:
-        return [self._option(candidate) for candidate in self.candidates]
+    lever, kind = "thin_attention", Kept
 
-    def _option(self, candidate: Kept) -> Option:
+    def option(self, candidate: Kept) -> Option:
         units, named = self.at.head_units, self.at.projections
         assert units is not None and named is not None
         path = f"{self.site}.{named.out.path}"
         gone = units.heads - len(candidate.heads)
         return Option(
             self.site,
-            _name(self.at, candidate),
+            candidate.name,
             self.costs.hosts[self.site] - gone * self.costs.heads[self.site],
             units.edits(self.site, candidate.heads),
             lambda: {f"{path}.{name}": value for name, value in candidate.tensors.items()},
             candidate.score,
         )
-
-    def with_scores(self, scores: Mapping[str, float]) -> HeadRecord:
-        scored = (replace(each, score=scores[_name(self.at, each)]) for each in self.candidates)
-        return replace(self, candidates=tuple(scored))
-
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        kept = [{"heads": list(each.heads), "score": each.score} for each in self.candidates]
-        tensors = {
-            f"{index}|{name}": v for index, each in enumerate(self.candidates) for name, v in each.tensors.items()
-        }
-        return {"lever": "thin_attention", "site": self.site, "kept": kept}, tensors
-
-
-def _name(site: AttentionSite, candidate: Kept) -> str:
-    return f"attend{len(candidate.heads)}x{site.head_dim}x{site.head_dim}"
 
 
 __all__ = ["HeadRecord", "HeadStatistics", "kept_heads"]

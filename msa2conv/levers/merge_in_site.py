@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from ..cost import CostModel
 from ..options import Option
 from ..sites import Site
-from .base import host_option
+from .base import Fractions, host_option
 
 
 class MergeInSite(BaseModel):
@@ -32,15 +32,7 @@ class MergeInSite(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["merge_in_site"] = "merge_in_site"
-    keep: tuple[float, ...] = Field(default=(0.84, 0.67, 0.5, 0.35, 0.2, 0.1), min_length=1)
-
-    @field_validator("keep")
-    @classmethod
-    def _fractions(cls, keep: tuple[float, ...]) -> tuple[float, ...]:
-        for fraction in keep:
-            if not 0 < fraction < 1:
-                raise ValueError(f"{fraction} is no fraction of the patches: use numbers between 0 and 1")
-        return keep
+    keep: Fractions = (0.84, 0.67, 0.5, 0.35, 0.2, 0.1)
 
     @staticmethod
     def read(site: Site, costs: CostModel, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> MergeRecord:

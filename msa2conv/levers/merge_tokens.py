@@ -13,14 +13,14 @@ from functools import partial
 from itertools import combinations
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from ..cost import CostModel
 from ..options import Option
 from ..settings import Setting
 from ..sites import Claims, Site, StreamSite
 from ..stream import Drop
-from .base import Alone, host_option
+from .base import Alone, Fractions, host_option
 
 
 class MergeTokens(BaseModel, Alone):
@@ -37,16 +37,8 @@ class MergeTokens(BaseModel, Alone):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["merge_tokens"] = "merge_tokens"
-    keep: tuple[float, ...] = Field(default=(0.75, 0.5, 0.35, 0.2, 0.1), min_length=1)
+    keep: Fractions = (0.75, 0.5, 0.35, 0.2, 0.1)
     drops: int = Field(default=3, ge=1, le=6)
-
-    @field_validator("keep")
-    @classmethod
-    def _fractions(cls, keep: tuple[float, ...]) -> tuple[float, ...]:
-        for fraction in keep:
-            if not 0 < fraction < 1:
-                raise ValueError(f"{fraction} is no fraction of the patches: use numbers between 0 and 1")
-        return keep
 
     def applies(self, site: Site) -> bool:
         return False  # to no single one

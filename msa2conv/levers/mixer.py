@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -20,7 +20,8 @@ from ..ops import AttendPrefix, Constant, Conv, Global, MixerSpec, Prefix, Prefi
 from ..options import Option
 from ..plan import Replace
 from ..sites import AttentionSite, Site
-from .base import Alone, attention_weights, host_option, is_plain
+from .base import Alone, attention_weights, is_plain
+from .fitted import FittedRecord
 from .ridge import reduce_rank, ridge_by_leave_one_out, solve_ridge
 
 _CONV = re.compile(r"conv([13579])x\1")
@@ -64,17 +65,7 @@ class Mixer(BaseModel, Alone):
         site: AttentionSite, costs: CostModel, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]
     ) -> MixerRecord:
         """What `Record.state()` described."""
-        candidates = tuple(
-            Candidate(
-                item["op"],
-                item["flops"],
-                _SPEC.validate_python(item["spec"], strict=False),
-                {key.split("|", 1)[1]: value for key, value in tensors.items() if key.split("|", 1)[0] == item["op"]},
-                item["score"],
-            )
-            for item in meta["candidates"]
-        )
-        return MixerRecord(site, costs, candidates)
+        return MixerRecord.read(site, costs, meta, tensors)
 
     def applies(self, site: Site) -> bool:
         return isinstance(site, AttentionSite)
@@ -287,48 +278,31 @@ def _prefix_attention(site: AttentionSite, host: nn.Module) -> PrefixAttention |
 class Candidate:
     """A fitted mixer at one site; tensors are named relative to the mixer."""
 
-    op: str
+    name: str
     flops: int
     spec: MixerSpec
     tensors: Mapping[str, Tensor]
     score: float | None = None
 
+    def described(self) -> dict[str, Any]:
+        return {"op": self.name, "flops": self.flops, "spec": self.spec.model_dump(mode="json")}
 
-@dataclass(frozen=True)
-class MixerRecord(Alone):
-    """The fitted candidates of one attention site."""
+    @classmethod
+    def restored(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor], score: float | None) -> Candidate:
+        spec = _SPEC.validate_python(described["spec"], strict=False)
+        return cls(described["op"], described["flops"], spec, tensors, score)
 
-    at: AttentionSite
-    costs: CostModel
-    candidates: tuple[Candidate, ...]
 
-    @property
-    def site(self) -> str:
-        return self.at.path
+class MixerRecord(FittedRecord[Candidate]):
+    """The fitted mixers of one attention site."""
 
-    def options(self) -> list[Option]:
-        return [host_option(self.at, self.costs), *self.to_measure()]
+    lever, kind = "mixer", Candidate
 
-    def to_measure(self) -> list[Option]:
-        return [self._option(candidate) for candidate in self.candidates]
-
-    def _option(self, candidate: Candidate) -> Option:
+    def option(self, candidate: Candidate) -> Option:
         path = self.site
         edit = Replace(path=path, spec=candidate.spec, io=self.at.io)
         named = {f"{path}.{name}": value for name, value in candidate.tensors.items()}
-        return Option(path, candidate.op, candidate.flops, (edit,), lambda: named, candidate.score)
-
-    def with_scores(self, scores: Mapping[str, float]) -> MixerRecord:
-        scored = tuple(replace(candidate, score=scores[candidate.op]) for candidate in self.candidates)
-        return replace(self, candidates=scored)
-
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        described = [
-            {"op": c.op, "flops": c.flops, "spec": c.spec.model_dump(mode="json"), "score": c.score}
-            for c in self.candidates
-        ]
-        tensors = {f"{c.op}|{name}": value for c in self.candidates for name, value in c.tensors.items()}
-        return {"lever": "mixer", "site": self.site, "candidates": described}, tensors
+        return Option(path, candidate.name, candidate.flops, (edit,), lambda: named, candidate.score)
 
 
 __all__ = ["Candidate", "Mixer", "MixerRecord", "MixerStatistics"]

@@ -29,6 +29,7 @@ from ..plan import Replace
 from ..sites import AttentionSite, Projections, Site
 from .base import Alone, Record, Statistics, attention_weights, host_option, is_plain
 from .fewer_heads import HeadRecord, HeadStatistics, kept_heads
+from .fitted import FittedRecord
 from .ridge import floor_of, gram_of, precise, solve_ridge
 
 Share = tuple[float, float, float]
@@ -66,17 +67,8 @@ class ThinAttention(BaseModel, Alone):
     @staticmethod
     def read(site: AttentionSite, costs: CostModel, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Record:
         """What `Record.state()` described."""
-        if "kept" in meta:
-            return HeadRecord.read(site, costs, meta, tensors)
-
-        def own(index: int) -> dict[str, Tensor]:
-            return {k.split("|", 1)[1]: v for k, v in tensors.items() if k.split("|", 1)[0] == str(index)}
-
-        candidates = tuple(
-            Thin(Attend.model_validate(item["spec"], strict=False), own(index), item["score"])
-            for index, item in enumerate(meta["candidates"])
-        )
-        return AttentionRecord(site, costs, candidates)
+        kind = HeadRecord if site.head_units is not None else AttentionRecord
+        return kind.read(site, costs, meta, tensors)
 
     def applies(self, site: Site) -> bool:
         if not isinstance(site, AttentionSite):
@@ -260,26 +252,20 @@ class Thin:
     def name(self) -> str:
         return f"attend{self.spec.heads}x{self.spec.qk_dim}x{self.spec.v_dim}"
 
+    def described(self) -> dict[str, Any]:
+        return {"spec": self.spec.model_dump(mode="json")}
 
-@dataclass(frozen=True)
-class AttentionRecord(Alone):
+    @classmethod
+    def restored(cls, described: Mapping[str, Any], tensors: Mapping[str, Tensor], score: float | None) -> Thin:
+        return cls(Attend.model_validate(described["spec"], strict=False), tensors, score)
+
+
+class AttentionRecord(FittedRecord[Thin]):
     """The thinner attentions of one site."""
 
-    at: AttentionSite
-    costs: CostModel
-    candidates: tuple[Thin, ...]
+    lever, kind = "thin_attention", Thin
 
-    @property
-    def site(self) -> str:
-        return self.at.path
-
-    def options(self) -> list[Option]:
-        return [host_option(self.at, self.costs), *self.to_measure()]
-
-    def to_measure(self) -> list[Option]:
-        return [self._option(candidate) for candidate in self.candidates]
-
-    def _option(self, candidate: Thin) -> Option:
+    def option(self, candidate: Thin) -> Option:
         path, spec, io = self.site, candidate.spec, self.at.io
         named = {f"{path}.{name}": value for name, value in candidate.tensors.items()}
         return Option(
@@ -291,16 +277,6 @@ class AttentionRecord(Alone):
             candidate.score,
             lambda tokens: self.costs.mixer(self.at, spec, tokens),
         )
-
-    def with_scores(self, scores: Mapping[str, float]) -> AttentionRecord:
-        return replace(self, candidates=tuple(replace(each, score=scores[each.name]) for each in self.candidates))
-
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        described = [{"spec": each.spec.model_dump(mode="json"), "score": each.score} for each in self.candidates]
-        tensors = {
-            f"{index}|{name}": v for index, each in enumerate(self.candidates) for name, v in each.tensors.items()
-        }
-        return {"lever": "thin_attention", "site": self.site, "candidates": described}, tensors
 
 
 __all__ = ["AttentionRecord", "ThinAttention"]

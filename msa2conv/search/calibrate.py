@@ -28,7 +28,7 @@ from .replay import Replay
 from .resume import Journal
 
 BATCH = 32
-FORMAT_KEY, FORMAT_VERSION = "msa2conv.calibration", "1"
+FORMAT_KEY, FORMAT_VERSION = "msa2conv.calibration", "2"
 _STATISTICS_BYTES = 2 * 2**30  # sites whose sums do not fit together are gathered in several passes over the images
 _WORST = 1e3  # stands for "broke the network", so that scores stay finite
 _PROBE = 0.1  # size of the perturbation that asks how much the output listens to prefix rows

@@ -22,7 +22,7 @@ from ..levers import Lever, Record, read_record
 from ..plan import fingerprint, weights_sha256
 from ..sites import Site
 
-_FORMAT = "1"
+_FORMAT = "2"
 _EVERY = 2.0  # seconds of measuring that a power cut may cost
 _MEASURED = "progress.json"
 

@@ -6,6 +6,7 @@ residual lines, x + after(module(before(x))), that compute what every block does
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -90,7 +91,10 @@ def _lines(block: nn.Module, pair: tuple[str, str], seen: Observation, path: str
     if call is None or call.x is None or len(call.x) != 3 or call.returned != 1 or call.arguments:
         return None
     x = torch.randn(call.x, generator=torch.Generator().manual_seed(0)).to(seen.inputs)
-    expected, steps = _steps(block, x)
+    try:
+        expected, steps = _steps(block, x)
+    except Exception:  # it cannot be called with tokens alone
+        return None
     names = [name for name, _ in steps]
     attention, ffn = pair
     if not isinstance(expected, Tensor) or names.count(attention) != 1 or names.count(ffn) != 1:
@@ -122,8 +126,12 @@ def _steps(block: nn.Module, x: Tensor) -> tuple[Any, list[Step]]:
             steps.append((name, {key: "again" if value is inner else value for key, value in named.items()}))
 
         handles.append(child.register_forward_pre_hook(see, with_kwargs=True))
+    parameters = list(inspect.signature(block.forward).parameters.values())[1:]
+    required = [
+        each.name for each in parameters if each.default is each.empty and each.kind is each.POSITIONAL_OR_KEYWORD
+    ]
     try:
-        return block(x), steps
+        return block(x, **dict.fromkeys(required)), steps
     finally:
         for handle in handles:
             handle.remove()

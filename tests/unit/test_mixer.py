@@ -53,7 +53,7 @@ def fitted(host: nn.Module, layout: Layout, lever: Mixer, heads: int = 3) -> Mix
 
 
 def candidate(record: MixerRecord, op: str) -> Candidate:
-    return next(each for each in record.candidates if each.op == op)
+    return next(each for each in record.candidates if each.name == op)
 
 
 @torch.no_grad()
