@@ -187,6 +187,12 @@ class Plan(_Data):
             raise InvalidPlan(where, _first(error), "a well-formed Plan", hint) from error
 
     @property
+    def sites(self) -> dict[str, str]:
+        """The choices at sites, without those that concern the whole network."""
+        through = {edit.path for edit in self.edits if isinstance(edit, Shorten)}
+        return {path: option for path, option in self.choices.items() if path not in through}
+
+    @property
     def header(self) -> dict[str, str]:
         """What stands beside the tensors in a .safetensors file."""
         return {"format": "pt", PLAN_KEY: self.model_dump_json()}
@@ -198,10 +204,8 @@ class Plan(_Data):
             f"{base.name}   {base.flops / 1e9:.2f} -> {self.flops / 1e9:.2f} GFLOPs ({ratio:.1%})"
             f"   {base.parameters / 1e6:.1f} -> {kept:.1f} M params"
         ]
-        through = {edit.path for edit in self.edits if isinstance(edit, Shorten)}
-        sites = [option for path, option in self.choices.items() if path not in through]
-        attentions = [option for option in sites if "/" not in option]
-        ffns = [option for option in sites if "/" in option]
+        attentions = [option for option in self.sites.values() if "/" not in option]
+        ffns = [option for option in self.sites.values() if "/" in option]
         rows = [("mixer", [symbol(option) for option in attentions], "")]
         rows += [("tokens", [_tokens(option) for option in attentions], "")]
         rows += [
@@ -222,7 +226,8 @@ class Plan(_Data):
         legend = [f"{symbol(option)} {option}" for option in sorted(used, key=lambda o: _order(symbol(o)))]
         legend += ["% hidden units kept"] if ffns else []
         legend += ["tokens: patches that are left inside"] if any(name == "tokens" for name, _, _ in rows) else []
-        merged = [f"patches left through {path}: {self.choices[path]}" for path in self.choices if path in through]
+        through = {path: option for path, option in self.choices.items() if path not in self.sites}
+        merged = [f"patches left through {path}: {option}" for path, option in through.items()]
         return "\n".join([*lines, *merged, "", "  ".join(legend)])
 
 

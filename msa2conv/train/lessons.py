@@ -135,7 +135,7 @@ class Lessons:
     def _taps(self, student: nn.Module, teacher: Teacher, images: Tensor) -> tuple[str, ...]:
         """Of every site the block around it, or as much of it as is called (a ModuleList is not)."""
         known = dict(teacher.model.named_modules())
-        around = {site: list(_down_to(site, block_of(site))) for site in self.conversion.plan.choices}
+        around = {site: list(_down_to(site, block_of(site))) for site in self.conversion.plan.sites}
         every = {path for paths in around.values() for path in paths if path in known}
         with torch.no_grad(), tapped(student, every) as own, tapped(teacher.model, every) as theirs:
             student(images)
@@ -159,7 +159,7 @@ def changed(conversion: Conversion) -> list[str]:
     """
     plan = conversion.plan
     edits = [f"{edit.path}." for edit in plan.edits if not isinstance(edit, Wrap)]
-    paths = [site for site in plan.choices if any(path.startswith(f"{site}.") for path in edits)]
+    paths = [site for site in plan.sites if any(path.startswith(f"{site}.") for path in edits)]
     model = unwrap(conversion.model)
     able = [path for path in paths if next(model.get_submodule(path).parameters(), None) is not None]
     return [path for path in able if not any(path.startswith(f"{other}.") for other in able)]

@@ -12,12 +12,13 @@ from models import images, same, vit
 from torch import nn
 
 import msa2conv
-from msa2conv import Calibration, Conversion, MergeTokens
+from msa2conv import Calibration, Conversion, MergeTokens, Stage
 from msa2conv.cost import count_flops
 from msa2conv.levers import floor, resolve_levers
 from msa2conv.levers.merge_tokens import StreamRecord
 from msa2conv.plan import Shorten
 from msa2conv.stream import Drop, MergedStream
+from msa2conv.train.lessons import changed
 from msa2conv.transforms.apply import apply_edits
 
 SMALL = MergeTokens(keep=(0.7, 0.4), drops=2)
@@ -133,3 +134,12 @@ def _shortened(model: nn.Module, edit: Shorten) -> nn.Module:
 def test_keep_is_a_fraction(keep: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match=r"fraction of the patches|at least 1 item"):
         MergeTokens(keep=keep)
+
+
+def test_it_can_be_fine_tuned(result: Conversion) -> None:
+    """Narrowed FFNs learn from the teacher's own activations, on all tokens; the sequence itself is no site."""
+    assert changed(result) and "blocks" not in changed(result)
+    stages = [Stage(kind="local", epochs=1), Stage(kind="distill", epochs=1)]
+    after = msa2conv.finetune(result, images(32, seed=2), stages=stages, batch_size=8, progress=False)
+    assert isinstance(after.model.blocks, MergedStream) and after.plan == result.plan
+    assert not same(after.model, result.model)
