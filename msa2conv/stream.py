@@ -128,8 +128,10 @@ class MergedStream(nn.Module):
             if merged is None and keep is None:
                 x = block(x, *args, **kwargs)
                 continue
-            told = spec.sizes if merged is not None else None
-            x = spec.attention.run(block, x, **({told.argument: told.mask(merged.size_BN)} if told and merged else {}))
+            more = {}
+            if merged is not None and spec.sizes is not None:
+                more[spec.sizes.argument] = spec.sizes.mask(merged.size_BN)
+            x = spec.attention.run(block, x, **more)
             if keep is not None:
                 merged = (merged or _Merged.none(x, spec)).further(x, keep, self.watch)
                 x = merged.x_BNC

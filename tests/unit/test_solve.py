@@ -135,7 +135,7 @@ def inside_by_hand(options: Options, setting: Setting) -> Options:
     }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(several(), st.sampled_from(sorted(PRICES)))
 def test_the_best_setting_is_brute_forces(instance: tuple[Options, list[Setting], int, int], name: str) -> None:
     """Over all settings that can use the budget: those that cannot are not worth a bound of their own."""
