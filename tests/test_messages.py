@@ -821,7 +821,7 @@ def test_unusable_calibration_files(refused: Refused, tmp_path: Path) -> None:
     text = "no calibration inside; expected a file by Calibration.save. Calibrate again."
     with refused(InvalidCheckpoint, f"{hybrid}: found {text}"):
         Calibration.load(hybrid, claims)
-    with refused(UnsupportedSchema, f"{old}: found another version; expected version 1. Calibrate again."):
+    with refused(UnsupportedSchema, f"{old}: found another version; expected version 2. Calibrate again."):
         Calibration.load(old, claims)
     text = "a site 'blocks.1.attn'; expected the sites of this model. Calibrate this model itself."
     with refused(ArchitectureMismatch, f"{path}: found {text}"):
