@@ -128,7 +128,7 @@ class MergedStream(nn.Module):
             if merged is None and keep is None:
                 x = block(x, *args, **kwargs)
                 continue
-            more = {}
+            more: dict[str, Tensor] = {}
             if merged is not None and spec.sizes is not None:
                 more[spec.sizes.argument] = spec.sizes.mask(merged.size_BN)
             x = spec.attention.run(block, x, **more)
