@@ -27,6 +27,10 @@ Round = tuple[int, int]
 # Of the tokens of a round about a third goes at most: with half of them, partners that fit badly are taken too. Whole
 # numbers, so that every machine has the same rounds.
 _MOST, _PARTS = 22, 64
+ANOTHER_SIZE = (
+    "A hybrid runs at the image size it was converted for, with all patches: convert again with example_inputs of the "
+    "new size, and train it without patch dropout."
+)
 
 
 class Merge(Spec):
@@ -139,8 +143,7 @@ class Merged(Standin):
         if tokens_BNC.shape[1] != expected:
             raise LayoutMismatch(
                 f"tokens '{spec.arrangement}'", f"{tokens_BNC.shape[1]} tokens", f"{expected} tokens",
-                "A hybrid runs at the image size it was converted for, with all patches: convert again with "
-                "example_inputs of the new size, and train it without patch dropout.",
+                ANOTHER_SIZE,
             )  # fmt: skip
         return tokens_BNC[:, : spec.prefix], tokens_BNC[:, spec.prefix :]
 

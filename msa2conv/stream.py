@@ -9,7 +9,7 @@ Shape suffixes: B batch, P prefix tokens, N tokens, M patches of the original gr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from .errors import LayoutMismatch, UnsupportedArgument
-from .merging import Watch, match, rounds, rows
+from .merging import ANOTHER_SIZE, Round, Watch, match, rounds, rows
 from .ops import Path, Sizes, Spec, Width
 
 _AT_ALL = "A hybrid that merges tokens through the network runs its blocks as one: convert without merge_tokens."
@@ -116,7 +116,8 @@ class MergedStream(nn.Module):
         super().__init__()
         self._modules.update(blocks._modules)
         self.spec = spec
-        self.keep = {drop.block: drop.keep for drop in spec.drops}
+        counts = (spec.count, *(drop.keep for drop in spec.drops))
+        self.schedules = {drop.block: rounds(count, drop.keep) for drop, count in zip(spec.drops, counts, strict=False)}
         self.watch: Watch | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -124,16 +125,16 @@ class MergedStream(nn.Module):
         spec, merged = self.spec, None
         for name, block in self._modules.items():
             assert block is not None
-            keep = self.keep.get(name)
-            if merged is None and keep is None:
+            schedule = self.schedules.get(name)
+            if merged is None and schedule is None:
                 x = block(x, *args, **kwargs)
                 continue
             more: dict[str, Tensor] = {}
             if merged is not None and spec.sizes is not None:
                 more[spec.sizes.argument] = spec.sizes.mask(merged.size_BN)
             x = spec.attention.run(block, x, **more)
-            if keep is not None:
-                merged = (merged or _Merged.none(x, spec)).further(x, keep, self.watch)
+            if schedule is not None:
+                merged = (merged or _Merged.none(x, spec)).further(x, schedule, self.watch)
                 x = merged.x_BNC
             x = spec.ffn.run(block, x)
         return x if merged is None else merged.restored(x)
@@ -149,8 +150,7 @@ class MergedStream(nn.Module):
         if x.shape[1] != self.spec.tokens:
             raise LayoutMismatch(
                 "tokens 'b n c'", f"{x.shape[1]} tokens", f"{self.spec.tokens} tokens",
-                "A hybrid runs at the image size it was converted for, with all patches: convert again with "
-                "example_inputs of the new size, and train it without patch dropout.",
+                ANOTHER_SIZE,
             )  # fmt: skip
 
     def __len__(self) -> int:
@@ -181,11 +181,12 @@ class _Merged:
     def none(cls, x_BNC: Tensor, spec: Stream) -> _Merged:
         return cls(spec, spec.count, x_BNC, torch.ones_like(x_BNC[..., 0]), None)
 
-    def further(self, x_BNC: Tensor, keep: int, watch: Watch | None) -> _Merged:
+    def further(self, x_BNC: Tensor, schedule: Sequence[Round], watch: Watch | None) -> _Merged:
         spec, (batch, _, channels) = self.spec, x_BNC.shape
         size_BM = self.size_BN[:, spec.prefix :].reshape(batch * spec.groups, self.count)
         patches_BMC = x_BNC[:, spec.prefix :].reshape(batch * spec.groups, self.count, channels)
-        index_BM, sums_BKC, _ = match(patches_BMC * size_BM[..., None], rounds(self.count, keep), watch)
+        index_BM, sums_BKC, _ = match(patches_BMC * size_BM[..., None], schedule, watch)
+        keep = self.count - sum(going for _, going in schedule)
         fewer_BK = size_BM.new_zeros(sums_BKC.shape[:2]).scatter_add(1, index_BM, size_BM)
         merged_BNC = (sums_BKC / fewer_BK[..., None]).reshape(batch, -1, channels)
         size_BN = F.pad(fewer_BK.reshape(batch, -1), (spec.prefix, 0), value=1.0)

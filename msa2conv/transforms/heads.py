@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..plan import Range, ranges
 from ..sites import AttentionSite, Call, Given, HeadUnits, Observation, Site, tensor_in
 from .apply import apply_edits
 from .groups import random_copy
@@ -74,8 +75,8 @@ def head_units(attention: nn.Module, heads: int, out: str, call: Call) -> HeadUn
     except Exception:  # a stranger's module, called in another way, may raise anything
         return None
     inner = layer.in_features
-    own = [(name, per) for name, per in _attributes(attention, heads, 1)]
-    also = [(name, per) for name, per in _attributes(attention, inner, inner // heads)]
+    own = list(_attributes(attention, heads, 1))
+    also = list(_attributes(attention, inner, inner // heads))
     buffers = [
         (name, 0, 0, inner // heads) for name, value in attention.named_buffers() if tuple(value.shape) == (inner,)
     ]
@@ -113,15 +114,14 @@ class _Probe:
     def parts(self) -> Iterator[Part]:
         every = self._gradients(None)
         silent = {head: self._gradients(head) for head in {0, 1, self.heads - 1}}
-        mirrored: dict[
-            str, list[tuple[int, int]]
-        ] = {}  # a bias of keys cancels in the softmax: it goes with its weight
+        # A bias of keys cancels in the softmax, so that gradients do not show it: biases go with their weights.
+        mirrored: dict[str, tuple[Range, ...]] = {}
         for name, gradient in every.items():
             for dim in range(gradient.ndim):
-                runs = _runs(_silent(silent[0][name], gradient, dim))
+                runs = ranges(_silent(silent[0][name], gradient, dim))
                 if not runs or len(runs) * self.heads > gradient.shape[dim]:
                     continue
-                if any(_runs(_silent(silent[head][name], gradient, dim)) != _moved(runs, head) for head in silent):
+                if any(ranges(_silent(silent[head][name], gradient, dim)) != _moved(runs, head) for head in silent):
                     continue
                 owner, _, kind = name.rpartition(".")
                 bias = f"{owner}.bias".lstrip(".")
@@ -186,16 +186,6 @@ def _silent(gradient: Tensor, every: Tensor, dim: int) -> list[int]:
     return ((now == 0) & (before > 0)).nonzero().flatten().tolist()
 
 
-def _moved(runs: list[tuple[int, int]], head: int) -> list[tuple[int, int]]:
+def _moved(runs: tuple[Range, ...], head: int) -> tuple[Range, ...]:
     """Where what is head 0's lies for another head."""
-    return [(start + head * (stop - start), stop + head * (stop - start)) for start, stop in runs]
-
-
-def _runs(indices: list[int]) -> list[tuple[int, int]]:
-    found: list[tuple[int, int]] = []
-    for index in indices:
-        if found and found[-1][1] == index:
-            found[-1] = (found[-1][0], index + 1)
-        else:
-            found.append((index, index + 1))
-    return found
+    return tuple((start + head * (stop - start), stop + head * (stop - start)) for start, stop in runs)
