@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from .search.solve import solve as solve
     from .sites import AttentionSite as AttentionSite, Claims as Claims, FFNSite as FFNSite, observe as observe
     from .storage import load as load, read_plan as read_plan, save as save
+    from .tradeoff import Sweep as Sweep, sweep as sweep
     from .train.distill import distill as distill
     from .train.finetune import finetune as finetune
     from .train.head import reset_head as reset_head
@@ -67,6 +68,7 @@ _WHERE = {
     "Plan": "plan",
     "Search": "gate_search",
     "Stage": "train.stages",
+    "Sweep": "tradeoff",
     "apply": "transforms.apply",
     "calibrate": "api",
     "choose": "api",
@@ -87,6 +89,7 @@ _WHERE = {
     "reset_head": "train.head",
     "save": "storage",
     "solve": "search.solve",
+    "sweep": "tradeoff",
     "train_gates": "gate_training",
     "verify": "laws",
 }

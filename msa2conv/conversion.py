@@ -22,7 +22,7 @@ from .plan import Plan, Wrap, weights_sha256
 from .planning import Choice
 from .report.conversion import Report, model_card
 from .search.calibrate import Calibration
-from .search.measure import distance
+from .search.measure import agreement, distance
 from .storage import load, read_plan, save
 from .workbench import unwrap
 
@@ -158,7 +158,7 @@ def make_report(
         measure=measure,
         distance=found,
         distance_polished=distance(reference, after, measure) if run.distill_steps else None,
-        agreement=_agreement(reference, after) if measure == "kl" else None,
+        agreement=agreement(reference, after) if measure == "kl" else None,
         predicted=choice.predicted,
         candidates=choice.distances,
         price=choice.price,
@@ -207,10 +207,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "unknown"
     return found
-
-
-def _agreement(reference: Tensor, output: Tensor) -> float:
-    return float((reference.argmax(1) == output.argmax(1)).float().mean())
 
 
 def _device_name(device: torch.device) -> str:

@@ -14,7 +14,7 @@ from .plan import Base, Plan, fingerprint, parameter_count, weights_sha256
 from .progress import track
 from .report.inspection import Inspection
 from .search.calibrate import Calibration
-from .search.measure import OutputFn, distance, outputs
+from .search.measure import OutputFn, agreement, distance, outputs
 from .search.solve import diverse
 from .transforms.apply import apply
 from .transforms.lift import lift
@@ -22,12 +22,21 @@ from .transforms.lift import lift
 
 @dataclass(frozen=True)
 class Choice:
-    """What `choose` found: {site: option}, and how the compared plans did on held-out images."""
+    """What `choose` found.
+
+    Args:
+        choices: {site: option}.
+        price: which of the compared plans it is.
+        predicted: sum of its single-site scores.
+        distances: {price: distance of its plan to the original on held-out images}.
+        agreement: share of held-out images on which it predicts the original's class; None without logits.
+    """
 
     choices: dict[str, Option]
     price: str
     predicted: float
     distances: dict[str, float]
+    agreement: float | None
 
 
 @torch.no_grad()
@@ -56,12 +65,15 @@ def choose(
     found = diverse(options, rest, target, calibration.settings())
     net = lift(model, calibration.sites)
     distances: dict[str, float] = {}
+    agreements: dict[str, float | None] = {}
     for name, choices in track(found.items(), "compare", progress):
         with net.pinned(net.branches(choices)) as pinned:
             output = outputs(pinned, calibration.images, output_fn=output_fn)
         distances[name] = distance(calibration.reference, output, calibration.measure)
+        agreements[name] = agreement(calibration.reference, output) if calibration.measure == "kl" else None
     best = min(distances, key=lambda name: distances[name])
-    return Choice(found[best], best, sum(o.score or 0.0 for o in found[best].values()), distances)
+    predicted = sum(option.score or 0.0 for option in found[best].values())
+    return Choice(found[best], best, predicted, distances, agreements[best])
 
 
 def make_plan(model: nn.Module, seen: Inspection, choices: Mapping[str, Option]) -> tuple[Plan, dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""The command line: the three commands on a small timm model, and what it says when something is missing."""
+"""The command line: its commands on a small timm model, and what it says when something is missing."""
 
 from __future__ import annotations
 
@@ -108,6 +108,23 @@ def test_interrupted_the_same_command_continues(
     (mine, my_header), (other, other_header) = (read_tensors(at / "model.safetensors") for at in (out, converted[0]))
     assert my_header == other_header and mine.keys() == other.keys()  # entries of a header come in any order
     assert all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+def test_a_sweep_plans_many_budgets_and_leaves_what_convert_needs_for_any(
+    converted: tuple[Path, str], photos: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    swept, out = tmp_path / "swept", tmp_path / "out"
+    arguments = command(photos, checkpoint, swept)
+    result = run(app, ["sweep", *arguments[1:], "--flops", "0.9"])
+    assert result.exit_code == 0, result.output
+    assert {path.suffix for path in swept.iterdir()} == {".json", ".safetensors"}
+    assert "same class" in result.output
+    assert f"next: msa2conv convert {NAME} --flops 70% --calibration {swept}/calibration.safetensors" in result.output
+    own = command(photos, checkpoint, out)
+    result = run(app, [*own, "--calibration", str(swept / "calibration.safetensors")])
+    assert result.exit_code == 0, result.output
+    for path in (out / "plan.json", swept / "plan_0.700.json"):
+        assert path.read_bytes() == (converted[0] / "plan.json").read_bytes()
 
 
 def test_the_same_command_means_the_same_random_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

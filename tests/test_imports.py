@@ -39,7 +39,7 @@ RANKS = [
     ("gate_search", "gate_training"),
     ("spvit",),
     ("api",),
-    ("train.run_recipe",),
+    ("train.run_recipe", "tradeoff"),
     ("testing",),
     ("cli", "__main__"),
 ]

@@ -201,6 +201,21 @@ def test_budget_below_the_floor_is_refused_before_any_work(
         convert(model, (seen.floor - 0.5) / seen.costs.base, levers=levers)
 
 
+def test_a_sweep_refuses_what_any_of_its_budgets_deserves(monkeypatch: pytest.MonkeyPatch, refused: Refused) -> None:
+    def forbid(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("work before all targets were checked")
+
+    monkeypatch.setattr(msa2conv.api, "calibrate_sites", forbid)
+    model = vit()
+    text = "targets: found none; expected at least one budget. Write for example [0.9, 0.7, 0.5]."
+    with refused(InvalidArgument, text, model):
+        msa2conv.sweep(model, [])
+    with refused(InvalidTarget, f"flops_target: found 'x'; expected {ACCEPTED}. {EXAMPLE}", model):
+        msa2conv.sweep(model, [0.9, "x"])
+    with refused(InfeasibleBudget, "flops_target: found …, the floor of the allowed levers. Ask for more …", model):
+        msa2conv.sweep(model, [0.9, 0.001])
+
+
 def test_budget_below_the_floor_of_a_calibration(refused: Refused) -> None:
     model = vit()
     calibration = calibrate(model, images(), levers="mixer")

@@ -1,7 +1,9 @@
-"""The command line: inspect, convert, finetune, train, eval. Thin over the public functions."""
+"""The command line: inspect, convert, sweep, finetune, train, eval. Thin over the public functions."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +13,7 @@ import typer
 from rich.table import Table
 from torch import nn
 
-from .. import api
+from .. import api, tradeoff
 from ..adapters.build import create, preprocessing
 from ..cost import count_flops
 from ..data import image_folder, transform
@@ -20,8 +22,10 @@ from ..errors import InvalidOutputPath
 from ..evaluate import Accuracy, evaluate, latency
 from ..files import check_writable
 from ..plan import Preprocessing, parameter_count
+from ..search.calibrate import Calibration
 from ..search.resume import discard
 from ..storage import load, read_plan
+from ..tradeoff import TARGETS
 from .models import named, original_of
 from .shown import say, show
 from .train import finetune, train
@@ -41,6 +45,10 @@ CheckpointFile = Annotated[
 Classes = Annotated[int | None, typer.Option("--num-classes", help="Default: as in the checkpoint or timm's.")]
 
 
+Images = Annotated[Path | None, typer.Option(help="ImageFolder to calibrate on; default: shipped photos.")]
+Number = Annotated[int, typer.Option("--number", "-n", help="How many calibration images at most.")]
+
+
 class Lever(str, Enum):
     """What may change."""
 
@@ -49,6 +57,9 @@ class Lever(str, Enum):
     merge_in_site = "merge_in_site"
     thin_attention = "thin_attention"
     merge_tokens = "merge_tokens"
+
+
+Levers = Annotated[list[Lever] | None, typer.Option(help="What may change; repeat it.")]
 
 
 @app.command()
@@ -69,9 +80,12 @@ def convert(
     pretrained: Pretrained = True,
     checkpoint: CheckpointFile = None,
     num_classes: Classes = None,
-    images: Annotated[Path | None, typer.Option(help="ImageFolder to calibrate on; default: shipped photos.")] = None,
-    number: Annotated[int, typer.Option("--number", "-n", help="How many calibration images at most.")] = 256,
-    lever: Annotated[list[Lever] | None, typer.Option(help="What may change; repeat it.")] = None,
+    images: Images = None,
+    number: Number = 256,
+    lever: Levers = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="What `msa2conv sweep` wrote for this model: then nothing is measured again.")
+    ] = None,
     distill_steps: Annotated[int, typer.Option(help="Steps of label-free polish.")] = 0,
     seed: int = 0,
     progress: bool = True,
@@ -84,19 +98,15 @@ def convert(
             f"For example {output.with_suffix('')}.",
         )  # fmt: skip
     check_writable(output / "model.safetensors")
-    torch.manual_seed(seed)  # the same command means the same model, with --no-pretrained too
-    model = named(name, pretrained and checkpoint is None, checkpoint, num_classes)
-    prepared = preprocessing(model) or Preprocessing()
-    size = api.inspect(model).input_size
-    data = None if images is None else images_at(images, transform(size, prepared))
-    levers = tuple(item.value for item in lever) if lever else None
-    calibrating = output / "calibrating"
-    try:
+    model, data = _prepared(name, pretrained, checkpoint, num_classes, images, seed)
+    known = None if calibration is None else Calibration.load(calibration, api.inspect(model).claims)
+    with _resumable(output / "calibrating") as calibrating:
         result = api.convert(
             model,
             target,
             data=data,
-            levers=levers,
+            levers=_levers(lever),
+            calibration=known,
             images=number,
             distill_steps=distill_steps,
             seed=seed,
@@ -104,12 +114,44 @@ def convert(
             resume=calibrating,
         )
         result.save(output)
-    except KeyboardInterrupt:
-        typer.echo(f"interrupted: the same command continues with what {calibrating}/ holds", err=True)
-        raise
-    discard(calibrating)
     show(result)
     show(f"\nwritten to {output}/   next: msa2conv eval {output} --images DIR")
+
+
+@app.command()
+def sweep(
+    name: Name,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the figures and every plan.")],
+    flops: Annotated[list[str] | None, typer.Option(help="A budget, as of `convert`; repeat it.")] = None,
+    pretrained: Pretrained = True,
+    checkpoint: CheckpointFile = None,
+    num_classes: Classes = None,
+    images: Images = None,
+    number: Number = 256,
+    lever: Levers = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> None:
+    """Plan many budgets of a timm model and show what each would cost. Interrupted, the same command continues."""
+    check_writable(output / "sweep.json")
+    targets = [_number(text) for text in flops] if flops else TARGETS
+    model, data = _prepared(name, pretrained, checkpoint, num_classes, images, seed)
+    with _resumable(output / "calibrating") as calibrating:
+        found = tradeoff.sweep(
+            model,
+            targets,
+            data=data,
+            levers=_levers(lever),
+            images=number,
+            seed=seed,
+            progress=progress,
+            resume=calibrating,
+        )
+        found.calibration.save(output / "calibration.safetensors")
+        found.save(output)
+    show(found)
+    again = f"msa2conv convert {name} --flops {targets[0]} --calibration {output / 'calibration.safetensors'}"
+    show(f"\nwritten to {output}/   next: {again} -o out/")
 
 
 app.command()(finetune)
@@ -143,6 +185,37 @@ def evaluate_command(
     say(_table(rows, times))
     if original is None:
         say(f"[dim]add --original FILE to compare with {plan.base.name} itself[/dim]")
+
+
+def _prepared(
+    name: str,
+    pretrained: bool,
+    checkpoint: Path | None,
+    num_classes: int | None,
+    images: Path | None,
+    seed: int,
+) -> tuple[nn.Module, Any]:
+    """The model, and its calibration images; None: those shipped."""
+    torch.manual_seed(seed)  # the same command means the same model, with --no-pretrained too
+    model = named(name, pretrained and checkpoint is None, checkpoint, num_classes)
+    size = api.inspect(model).input_size
+    data = None if images is None else images_at(images, transform(size, preprocessing(model) or Preprocessing()))
+    return model, data
+
+
+@contextmanager
+def _resumable(folder: Path) -> Iterator[Path]:
+    """A folder for what is done so far, which goes when all of it is."""
+    try:
+        yield folder
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted: the same command continues with what {folder}/ holds", err=True)
+        raise
+    discard(folder)
+
+
+def _levers(chosen: list[Lever] | None) -> tuple[str, ...] | None:
+    return tuple(item.value for item in chosen) if chosen else None
 
 
 def _number(text: str) -> float | str:

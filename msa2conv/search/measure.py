@@ -37,6 +37,11 @@ def distances(reference: Tensor, output: Tensor, measure: Measure) -> Tensor:
     return (output - reference).flatten(1).square().sum(1) / reference.flatten(1).square().sum(1).clamp_min(1e-12)
 
 
+def agreement(reference: Tensor, output: Tensor) -> float:
+    """Share of images on which two logits predict the same class."""
+    return float((reference.argmax(1) == output.argmax(1)).float().mean())
+
+
 @torch.no_grad()
 def outputs(model: nn.Module, images: Tensor, batch: int = 32, output_fn: OutputFn | None = None) -> Tensor:
     """What is scored of the model's outputs on many images, on the CPU."""

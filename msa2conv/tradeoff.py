@@ -1,0 +1,188 @@
+"""The trade-off in one call: many budgets for the price of one calibration, so that people choose by looking."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .adapters.base import Adapter
+from .api import CALIBRATION_IMAGES, calibrate, choose, convert, make_plan, versions
+from .conversion import Conversion
+from .errors import InvalidArgument
+from .files import check_writable, write_json, write_text
+from .inspection import Levers, inspect_copy
+from .levers import resolve_levers
+from .plan import Plan
+from .progress import track
+from .search.calibrate import Calibration
+from .search.measure import OutputFn
+from .search.solve import infeasible
+from .targets import parse_target
+from .workbench import example_input, own_randomness, unwrap, working_copy
+
+TARGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
+_BAR = 24  # characters of the longest bar
+
+
+@dataclass(frozen=True)
+class Point:
+    """One budget of a sweep.
+
+    Args:
+        target: multiply-adds allowed.
+        plan: the plan that was chosen for it.
+        distance: of its network to the original on held-out images.
+        predicted: sum of single-site scores.
+        agreement: share of held-out images on which both predict the same class; None without logits.
+    """
+
+    target: int
+    plan: Plan
+    distance: float
+    predicted: float
+    agreement: float | None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What `sweep` returns; `print` it for the table and the curve.
+
+    Args:
+        points: one for every target, the largest first.
+        measure: "kl" (nats) or "relative".
+        calibration: what all of them were chosen by; reuse it in `convert`.
+        original: the model.
+        options: arguments with which `build` calls `convert`.
+    """
+
+    points: tuple[Point, ...]
+    measure: str
+    calibration: Calibration = field(repr=False)
+    original: nn.Module = field(repr=False)
+    options: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def build(self, target: float | str) -> Conversion:
+        """The hybrid of one budget, one of the sweep's or any other: seconds, since all is measured."""
+        return convert(self.original, target, calibration=self.calibration, **self.options)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write a folder, atomically file by file: `sweep.json` (the figures, seed and versions) and every plan.
+
+        Raises:
+            InvalidOutputPath: it cannot be written.
+        """
+        folder, rows = Path(path), []
+        check_writable(folder / "sweep.json")
+        for point, row in zip(self.points, self.rows(), strict=True):
+            name = f"plan_{point.target / point.plan.base.flops:.3f}.json"
+            write_text(folder / name, point.plan.model_dump_json(indent=2) + "\n")
+            rows.append(row | {"plan": name})
+        known = {"name": self.points[0].plan.base.name, "measure": self.measure, "images": self.calibration.source}
+        write_json(folder / "sweep.json", known | {"points": rows, "versions": versions()})
+        return folder / "sweep.json"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The figures: multiply-adds at batch 1, parameters, distances."""
+        return [
+            {
+                "target": point.target,
+                "flops": point.plan.flops,
+                "of the original": point.plan.flops / point.plan.base.flops,
+                "parameters": point.plan.parameters,
+                "distance": point.distance,
+                "predicted": point.predicted,
+                "agreement": point.agreement,
+            }
+            for point in self.points
+        ]
+
+    def __str__(self) -> str:
+        base = self.points[0].plan.base
+        unit = "KL (nats)" if self.measure == "kl" else "rel. error"
+        worst = max(point.distance for point in self.points) or 1.0
+        flops, parameters = base.flops / 1e9, base.parameters / 1e6
+        lines = [
+            f"{base.name}   {flops:.3f} GFLOPs (multiply-adds, batch 1)   {parameters:.2f} M params",
+            f"{'FLOPs':>7}{'GFLOPs':>9}{'M params':>10}{'same class':>12}{unit:>12}",
+        ]
+        for point in self.points:
+            plan, same = point.plan, "" if point.agreement is None else f"{point.agreement:.1%}"
+            lines.append(
+                f"{plan.flops / base.flops:>7.1%}{plan.flops / 1e9:>9.3f}{plan.parameters / 1e6:>10.2f}{same:>12}"
+                f"{point.distance:>12.4f}  {'█' * round(_BAR * point.distance / worst)}"
+            )
+        held_out, source = len(self.calibration.images), self.calibration.source
+        return "\n".join(
+            [*lines, f"against the original on {held_out} held-out images ({source}), before any training"]
+        )
+
+
+@own_randomness()
+def sweep(
+    model: nn.Module,
+    targets: Iterable[float | str] = TARGETS,
+    *,
+    data: Any = None,
+    example_inputs: Tensor | None = None,
+    levers: Levers | None = None,
+    calibration: Calibration | None = None,
+    adapters: Iterable[Adapter] | None = None,
+    images: int = CALIBRATION_IMAGES,
+    seed: int = 0,
+    progress: bool = True,
+    resume: str | os.PathLike[str] | None = None,
+    output_fn: OutputFn | None = None,
+) -> Sweep:
+    """Plan many budgets of one model and say what each would cost in accuracy; one calibration serves all.
+
+    Args:
+        model: as for `convert`; not touched.
+        targets: budgets, each as the `flops_target` of `convert`.
+        data, example_inputs, levers, calibration, adapters, images: as for `convert`.
+        seed, progress, resume, output_fn: as for `convert`.
+
+    Returns:
+        A Sweep: `print` it, `.save(folder)` it, `.build(0.7)` a hybrid out of it.
+
+    Raises:
+        InvalidArgument: no target.
+        InvalidTarget, InfeasibleBudget: of any target, before any work.
+        And what `convert` raises.
+
+    Example:
+        sweep = msa2conv.sweep(model, [0.9, 0.8, 0.7, 0.6, 0.5], data=images)
+        print(sweep)
+        result = sweep.build(0.7)
+    """
+    original, adapters = unwrap(model), None if adapters is None else tuple(adapters)
+    wanted = [targets] if isinstance(targets, (str, int, float)) else list(targets)
+    if not wanted:
+        raise InvalidArgument("targets", "none", "at least one budget", "Write for example [0.9, 0.7, 0.5].")
+    for target in wanted:
+        parse_target(target)
+    work = working_copy(original)
+    seen = inspect_copy(work, original, example_input(work, example_inputs), resolve_levers(levers), adapters)
+    budgets = sorted({parse_target(target, seen.costs.base) for target in wanted}, reverse=True)
+    if calibration is None:
+        if budgets[-1] < seen.floor:
+            raise infeasible(budgets[-1], seen.floor)
+        calibration = calibrate(
+            original, data, images=images, example_inputs=example_inputs, levers=levers, adapters=adapters, seed=seed,
+            progress=progress, resume=resume, output_fn=output_fn,
+        )  # fmt: skip
+    calibration.check_model(original)
+    points = []
+    for budget in track(budgets, "plan", progress):
+        choice = choose(work, calibration, budget, progress=False, output_fn=output_fn)
+        plan, _ = make_plan(original, seen, choice.choices)
+        points.append(Point(budget, plan, choice.distances[choice.price], choice.predicted, choice.agreement))
+    same = {"example_inputs": example_inputs, "adapters": adapters, "output_fn": output_fn, "progress": progress}
+    return Sweep(tuple(points), calibration.measure, calibration, original, same | {"levers": levers, "seed": seed})
+
+
+__all__ = ["Point", "Sweep", "sweep"]
