@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 from msa2conv.errors import InfeasibleBudget
 from msa2conv.options import Option
-from msa2conv.search.solve import PRICES, diverse, solve, solve_settings
+from msa2conv.search.solve import PRICES, Limit, diverse, solve, solve_settings
 from msa2conv.settings import AS_IT_IS, Setting, least_flops
 
 Options = dict[str, list[Option]]
@@ -169,3 +169,85 @@ def test_no_setting_reaches_a_budget_below_all_floors() -> None:
         solve_settings(known, {"a": [host]}, 50, 92)
     setting, choices = solve_settings(known, {"a": [host]}, 50, 93)
     assert setting is known[1] and choices["a"].flops == 40
+
+
+# A second budget
+
+
+@st.composite
+def timed(draw: st.DrawFn) -> tuple[Options, dict[int, float], float]:
+    """(options, {id of an option: seconds}, a limit that some plan keeps)."""
+    options, _, _ = draw(instances())
+    every = [option for group in options.values() for option in group]
+    seconds = {id(option): draw(st.integers(0, 64)) / 1024 for option in every}
+    plan = [draw(st.sampled_from(group)) for group in options.values()]
+    return options, seconds, 0.25 + sum(seconds[id(option)] for option in plan) + draw(st.integers(0, 8)) / 1024
+
+
+@settings(max_examples=80, deadline=None)
+@given(timed(), st.integers(0, 100))
+def test_under_a_limit_the_optimum_is_brute_forces(
+    instance: tuple[Options, dict[int, float], float], slack: int
+) -> None:
+    options, seconds, most = instance
+    limit = Limit(lambda option: seconds[id(option)], lambda setting: 0.0, 0.25, most)
+    floor = sum(min(option.flops for option in group) for group in options.values())
+    budget = max(1, floor + slack)
+    fitting = [
+        sum(option.score or 0.0 for option in plan)
+        for plan in itertools.product(*options.values())
+        if total(plan) <= budget and 0.25 + sum(seconds[id(option)] for option in plan) <= most + 1e-9
+    ]
+    if not fitting:
+        with pytest.raises(InfeasibleBudget, match="latency_target"):
+            solve(options, 0, budget, limit=limit)
+        return
+    choices = solve(options, 0, budget, limit=limit)
+    assert total(choices) <= budget
+    assert 0.25 + sum(seconds[id(option)] for option in choices.values()) <= most * (1 + 1e-6)
+    assert sum(option.score or 0.0 for option in choices.values()) == pytest.approx(min(fitting), rel=1.1e-3, abs=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(timed(), st.lists(st.tuples(st.integers(0, 64), st.integers(0, 8)), max_size=3))
+def test_under_a_limit_the_best_setting_is_brute_forces(
+    instance: tuple[Options, dict[int, float], float], further: list[tuple[int, int]]
+) -> None:
+    options, seconds, most = instance
+    taken = {(1 + score) / 8: step / 1024 for step, score in further}
+    several = [AS_IT_IS, *(Setting(scores=(score,), option=lambda: Option("", "", 0)) for score in taken)]
+    limit = Limit(lambda option: seconds[id(option)], lambda setting: taken.get(sum(setting.scores), 0.0), 0.25, most)
+    budget = max(1, sum(max(option.flops for option in group) for group in options.values()))
+    fitting = [
+        sum(setting.scores) + sum(option.score or 0.0 for option in plan)
+        for setting in several
+        for plan in itertools.product(*options.values())
+        if limit.inside(setting).rest + sum(seconds[id(option)] for option in plan) <= most + 1e-9
+    ]
+    setting, choices = solve_settings(several, options, 0, budget, limit=limit)
+    found = sum(setting.scores) + sum(option.score or 0.0 for option in choices.values())
+    assert found == pytest.approx(min(fitting), rel=1.1e-3, abs=1e-5)
+
+
+def test_two_budgets_that_exclude_each_other() -> None:
+    options = {"s": [Option("s", "slow", 3, score=0.0), Option("s", "dear", 9, score=1.0)]}
+    limit = Limit(lambda option: {"slow": 0.02, "dear": 0.004}[option.name], lambda setting: 0.0, 0.0, 0.005)
+    for attempt in (solve, lambda *given, **named: solve_settings([AS_IT_IS], *given, **named)):
+        with pytest.raises(InfeasibleBudget) as caught:
+            attempt(options, 0, 5, limit=limit)
+        assert str(caught.value) == (
+            "latency_target: found 5 ms together with a FLOPs budget; expected budgets that one network can keep "
+            "(each alone can be kept). Allow more time, more FLOPs or more levers."
+        )
+
+
+def test_a_latency_below_the_floor_names_the_floor() -> None:
+    options = {"s": [Option("s", "a", 5, score=0.0), Option("s", "b", 3, score=1.0)]}
+    limit = Limit(lambda option: option.flops / 1e3, lambda setting: 0.0, 1e-3, 3.5e-3)
+    for attempt in (solve, lambda *given, **named: solve_settings([AS_IT_IS], *given, **named)):
+        with pytest.raises(InfeasibleBudget) as caught:
+            attempt(options, 0, 10, limit=limit)
+        assert str(caught.value) == (
+            "latency_target: found 3.5 ms; expected at least 4 ms, the floor of the allowed levers on this device. "
+            "Allow more time or more levers (levers='all' merges tokens through the network)."
+        )
