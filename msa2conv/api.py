@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from .adapters.base import Adapter
@@ -16,10 +17,11 @@ from .data import EMBEDDED, embedded_photos, load_images
 from .errors import InvalidArgument
 from .gate_training import Loss, convert_by_gates
 from .inspection import Inspection, Levers, inspect, inspect_copy
+from .latency import Stopwatch, choose_in_time, parse_latency
 from .laws import verify
 from .levers import Lever, resolve_levers
 from .plan import Preprocessing, weights_sha256
-from .planning import choose, make_plan
+from .planning import Choice, choose, make_plan
 from .search.calibrate import Calibration, calibrate_sites
 from .search.gates import Gates
 from .search.measure import OutputFn, outputs
@@ -116,8 +118,12 @@ def _images(original: nn.Module, data: Any, limit: int, size: tuple[int, ...], s
 @own_randomness()
 def convert(
     model: nn.Module,
-    flops_target: float | str,
+    flops_target: float | str | None = None,
     *,
+    latency_target: float | str | None = None,
+    device: str | torch.device | None = None,
+    batch_size: int = 1,
+    timetable: str | os.PathLike[str] | None = None,
     data: Any = None,
     example_inputs: Tensor | None = None,
     levers: Levers | None = None,
@@ -135,7 +141,8 @@ def convert(
     resume: str | os.PathLike[str] | None = None,
     output_fn: OutputFn | None = None,
 ) -> Conversion:
-    """Turn a trained ViT into a cheaper hybrid of attention, convolution and narrower FFNs, at an exact FLOPs budget.
+    """Turn a trained ViT into a cheaper hybrid of attention, convolution and narrower FFNs, at an exact FLOPs budget or
+    at a budget of time on your device, or at both.
 
     Observe -> claim sites -> cost table -> lift -> calibrated search (closed-form fits, measured scores; no gradients,
     no labels) -> exact knapsack -> apply -> verify laws 1 to 4. The model given is bit-identical afterwards, whatever
@@ -146,6 +153,11 @@ def convert(
             adapter. DataParallel, DDP and `torch.compile` are unwrapped, half precision is calibrated in float32 and
             returned in half, any device and mode.
         flops_target: 0.7 (fraction), "70%", "3.3G" or 3.3e9: multiply-adds of one forward pass at batch 1.
+        latency_target: 0.7 (fraction of the original's time), "70%", "4ms" or "800us": of a forward pass with
+            `batch_size` images, in the model's dtype. Every option is timed on the device, the same exact solver
+            decides, and the hybrid is measured with the original in turn and corrected at most three times.
+        device, batch_size: where and how the hybrid will run; by default where the model is, one image at a time.
+        timetable: a file that keeps measured times, by device and geometry, so that further calls need none.
         data: calibration images, normalised as the model expects: an iterable of batches [b, C, H, W] or of tuples
             that start with one, a Dataset, a DataLoader or a tensor. None: photos shipped with msa2conv; your own
             images give a better hybrid.
@@ -172,7 +184,7 @@ def convert(
         A Conversion with `.model`, `.plan`, `.report`, `.calibration` and `.save(path)`.
 
     Raises:
-        InvalidTarget, InfeasibleBudget: before any work.
+        InvalidTarget, InfeasibleBudget: before any work; of a latency, after a look at the times of all sites.
         NoSitesFound, InvalidInput, InvalidCalibrationData, NonFiniteValue, UncountedOperator, ArchitectureMismatch.
         LawViolation: the result would have broken a guarantee.
 
@@ -187,9 +199,21 @@ def convert(
         raise InvalidArgument("distill_steps", repr(distill_steps), "an integer >= 0", "0 means no polish.")
     if not isinstance(images, int) or images < 8:
         raise InvalidArgument("images", repr(images), "at least 8", "256 is a good number.")
-    parse_target(flops_target)  # malformed targets are refused before the model is even looked at
+    # malformed targets are refused before the model is even looked at
+    if flops_target is None and latency_target is None:
+        raise InvalidArgument(
+            "flops_target", "None", "a budget: flops_target, latency_target or both", "Write for example 0.7."
+        )
+    if flops_target is not None:
+        parse_target(flops_target)
+    if latency_target is not None:
+        parse_latency(latency_target)
     if search != "calibrated":
         gates = _gates(search, calibration is not None or distill_steps > 0)
+        if flops_target is None or latency_target is not None:
+            raise InvalidArgument(
+                "latency_target", "a gate search", "a calibrated search", "Gates learn under a budget of FLOPs."
+            )
         prepared = {"levers": levers, "example_inputs": example_inputs, "adapters": adapters}
         training = {"loss": loss, "lr": lr, "gate_lr": gate_lr, "seed": seed, "resume": resume, "progress": progress}
         return convert_by_gates(model, flops_target, data, gates, epochs=epochs, prepared=prepared, **training)
@@ -197,9 +221,13 @@ def convert(
     work = working_copy(original)
     example = example_input(work, example_inputs)
     seen = inspect_copy(work, original, example, chosen, adapters)
-    target = parse_target(flops_target, seen.costs.base)
-    if calibration is None and target < seen.floor:  # of a given Calibration, `choose` knows the floor
+    target = None if flops_target is None else parse_target(flops_target, seen.costs.base)
+    if calibration is None and target is not None and target < seen.floor:  # of a Calibration, `choose` knows the floor
         raise infeasible(target, seen.floor)
+    watch = None
+    if latency_target is not None:
+        watch = Stopwatch(original, example, device, batch_size, progress)
+        watch.check(latency_target, seen)
 
     seconds: dict[str, float] = {}
     pictures: Tensor | None = None
@@ -210,9 +238,21 @@ def convert(
         seconds["calibrate"] = calibration.seconds
     else:
         calibration.check_model(original)
-    started = time.perf_counter()
-    choice = choose(work, calibration, target, progress=progress, output_fn=output_fn)
-    seconds["solve"] = time.perf_counter() - started
+
+    def build(choice: Choice) -> nn.Module:
+        plan, tensors = make_plan(original, seen, choice.choices)
+        return apply(plan, original, _cast(apply(plan, work, tensors), original))
+
+    started, latency, budget = time.perf_counter(), None, seen.costs.base if target is None else target
+    if watch is None or latency_target is None:
+        choice = choose(work, calibration, budget, progress=progress, output_fn=output_fn)
+    else:
+        times = watch.times(seen, calibration, timetable)
+        seconds["time"] = time.perf_counter() - started
+        choice, latency = choose_in_time(
+            work, calibration, budget, latency_target, watch, times, build, output_fn=output_fn
+        )
+    seconds["solve"] = time.perf_counter() - started - seconds.get("time", 0.0)
 
     plan, tensors = make_plan(original, seen, choice.choices)
     hybrid = apply(plan, work, tensors)
@@ -235,7 +275,7 @@ def convert(
         )
         seconds["distill"] = time.perf_counter() - started
         after = outputs(hybrid, calibration.images, output_fn=output_fn)
-    run = Run(target, distill_steps, seed, seconds, laws, example.device, seen.warnings)
+    run = Run(target, distill_steps, seed, seconds, laws, example.device, seen.warnings, latency)
     report = make_report(plan, calibration, choice, before, after, run)
     final = apply(plan, original, _cast(hybrid, original))
     return Conversion(final, plan, report, calibration, original)

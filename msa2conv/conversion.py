@@ -21,6 +21,7 @@ from .hub import is_transformers, write_config
 from .plan import Plan, Wrap, weights_sha256
 from .planning import Choice
 from .report.conversion import Report, model_card
+from .report.latency import Latency
 from .search.calibrate import Calibration
 from .search.measure import agreement, distance
 from .storage import load, read_plan, save
@@ -119,21 +120,23 @@ class Run:
     """Circumstances of a conversion that its report states.
 
     Args:
-        target: multiply-adds allowed.
+        target: multiply-adds allowed; None without such a budget.
         distill_steps, seed: arguments of `convert`.
         seconds: {stage: wall time}.
         laws: what `verify` returned.
         device: where it ran.
         warnings: what its inspection warned of.
+        latency: measured times, where there was a budget of time.
     """
 
-    target: int
+    target: int | None
     distill_steps: int
     seed: int
     seconds: dict[str, float]
     laws: dict[str, float]
     device: torch.device
     warnings: list[str]
+    latency: Latency | None = None
 
 
 def make_report(
@@ -170,7 +173,8 @@ def make_report(
         versions=versions(),
         device=_device_name(run.device),
         laws=run.laws,
-        warnings=[*run.warnings, *calibration.warnings, *_hints(plan, calibration, found)],
+        latency=run.latency,
+        warnings=[*run.warnings, *calibration.warnings, *_hints(plan, calibration, found, run.latency)],
     )
 
 
@@ -213,14 +217,13 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({os.cpu_count()} cores)"
 
 
-def _hints(plan: Plan, calibration: Calibration, found: float) -> list[str]:
-    hints = []
+def _hints(plan: Plan, calibration: Calibration, found: float, latency: Latency | None) -> list[str]:
+    hints = [] if latency is None else latency.warnings
     merging = sum(isinstance(edit, Wrap) for edit in plan.edits)
-    if merging:
+    if merging and latency is None:
         hints.append(
             f"tokens are merged inside {merging} modules: this saves FLOPs, and time in large batches on a CPU, but "
-            "costs time on a GPU and for single images; where time counts, measure it, or leave merge_in_site out "
-            "(levers=('mixer', 'ffn', 'thin_attention', 'merge_tokens'))"
+            "costs time on a GPU and for single images; where time counts, ask for time: latency_target=0.7"
         )
     if calibration.source.startswith(EMBEDDED):
         hints.append(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import median
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader
 from .errors import ArchitectureMismatch
 from .progress import track
 from .search.measure import first_tensor
+from .stopwatch import interleaved
 
 
 @dataclass(frozen=True)
@@ -76,24 +76,11 @@ def latency(
         rounds: repetitions at batch 1; a third of them for larger batches.
     """
     found: dict[str, dict[int, float]] = {name: {} for name in models}
+    device = next(next(iter(models.values())).parameters()).device
     for batch in batches:
-        device = next(next(iter(models.values())).parameters()).device
         inputs = example.expand(batch, *example.shape[1:]).contiguous().to(device)
-        times: dict[str, list[float]] = {name: [] for name in models}
-        repeats = rounds if batch == 1 else max(3, rounds // 3)
-        for turn in range(repeats + 2):
-            for name, model in models.items():
-                _wait(device)
-                started = time.perf_counter()
-                model(inputs)
-                _wait(device)
-                if turn >= 2:  # the first two rounds warm up
-                    times[name].append(time.perf_counter() - started)
-        for name, values in times.items():
-            found[name][batch] = median(values)
+        calls = {name: partial(model, inputs) for name, model in models.items()}
+        samples = interleaved(calls, device, rounds if batch == 1 else max(3, rounds // 3))
+        for name in models:
+            found[name][batch] = samples.timing(name).seconds
     return found
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -31,7 +31,7 @@ def verify(
     claims: Claims,
     costs: CostModel,
     images: Tensor,
-    target: int,
+    target: int | None,
 ) -> dict[str, float]:
     """Check laws 1 to 4 on a model and its hybrid.
 
@@ -41,7 +41,7 @@ def verify(
         plan, choices: what was decided.
         claims, costs: the sites, and what they cost.
         images: images [n, C, H, W], of which the two are taken whose merges are decided most clearly.
-        target: multiply-adds allowed.
+        target: multiply-adds allowed; None: any.
 
     Returns:
         {law: measured figure}.

@@ -28,6 +28,7 @@ class Option:
         cannot run on others than all.
     inner: of an option that merges tokens: what runs on them.
     starts_at: path of the site from which on the network runs otherwise; None: the option's own.
+    tokens: how many its site sees, prefix tokens included; None: all.
     """
 
     site: str
@@ -39,10 +40,11 @@ class Option:
     flops_on: Callable[[int], int] | None = None
     inner: Option | None = None
     starts_at: str | None = None
+    tokens: int | None = None
 
     def on(self, tokens: int) -> Option | None:
         """The same where its site sees so many tokens, prefix tokens included; None where it cannot run on them."""
-        return None if self.flops_on is None else replace(self, flops=self.flops_on(tokens))
+        return None if self.flops_on is None else replace(self, flops=self.flops_on(tokens), tokens=tokens)
 
     def merged(self, wrap: Wrap, flops: int, score: float | None) -> Option:
         """The same on merged tokens.

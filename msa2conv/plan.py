@@ -240,12 +240,12 @@ def _order(sign: str) -> int:
 
 
 def symbol(option: str) -> str:
-    """One or two characters for an option name: 'conv3x3' -> '3'."""
+    """One or two characters for an option name: 'conv3x3' -> '3', 'depthwise3x3' -> 'd3'."""
     option = _inner(option)
     if option.startswith("attend"):
         return "A"
-    conv = re.match(r"conv(\d+)x", option)
-    return conv[1] if conv else SYMBOLS.get(option, option[:2])
+    conv = re.match(r"(conv|depthwise)(\d+)x", option)
+    return ("d" if conv[1] == "depthwise" else "") + conv[2] if conv else SYMBOLS.get(option, option[:2])
 
 
 def _inner(option: str) -> str:

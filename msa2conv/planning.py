@@ -15,7 +15,7 @@ from .progress import track
 from .report.inspection import Inspection
 from .search.calibrate import Calibration
 from .search.measure import OutputFn, agreement, distance, outputs
-from .search.solve import diverse
+from .search.solve import Limit, diverse
 from .transforms.apply import apply
 from .transforms.lift import lift
 
@@ -45,6 +45,7 @@ def choose(
     calibration: Calibration,
     target: int,
     *,
+    limit: Limit | None = None,
     progress: bool = True,
     output_fn: OutputFn | None = None,
 ) -> Choice:
@@ -54,6 +55,7 @@ def choose(
         model: the original, float32, eval.
         calibration: of this model.
         target: multiply-adds allowed.
+        limit: a second budget, of measured times.
         progress: show a bar.
         output_fn: the one that calibrated.
 
@@ -62,7 +64,7 @@ def choose(
     """
     options = calibration.options()
     rest = calibration.costs.base - sum(calibration.costs.hosts[path] for path in options)
-    found = diverse(options, rest, target, calibration.settings())
+    found = diverse(options, rest, target, calibration.settings(), limit)
     net = lift(model, calibration.sites)
     distances: dict[str, float] = {}
     agreements: dict[str, float | None] = {}

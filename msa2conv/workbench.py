@@ -30,6 +30,19 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device, if this machine has it; InvalidArgument otherwise."""
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InvalidArgument(
+            "device", f"{str(device)!r} ({str(error).splitlines()[0]})", "a device of this machine",
+            "Write for example 'cpu' or 'cuda'.",
+        ) from error  # fmt: skip
+    return found
+
+
 @contextmanager
 def own_randomness() -> Iterator[None]:
     """Leave the global random states (torch, numpy, Python) as they were found: mixers are initialised before their

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from clock import Clock, use
 from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
@@ -127,6 +128,15 @@ def test_a_sweep_plans_many_budgets_and_leaves_what_convert_needs_for_any(
         assert path.read_bytes() == (converted[0] / "plan.json").read_bytes()
 
 
+def test_a_budget_of_time(photos: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, Clock())
+    arguments = command(photos, checkpoint, tmp_path / "out")
+    arguments[arguments.index("--flops") : arguments.index("--flops") + 2] = ["--latency", "80%", "--batch-size", "2"]
+    result = run(app, [*arguments, "--timetable", str(tmp_path / "times.json")])
+    assert result.exit_code == 0, result.output
+    assert "ms, batch 2, float32" in result.output and (tmp_path / "times.json").is_file()
+
+
 def test_the_same_command_means_the_same_random_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given: list[str] = []
 
@@ -160,6 +170,8 @@ def test_eval_warns_of_other_weights(converted: tuple[Path, str], photos: Path, 
     [
         (["inspect", "vit_tinny_patch16_224"], errors.InvalidArgument, "perhaps vit_tiny_patch16_224"),
         ([*CONVERT, "2", "--no-pretrained", "-o", "OUT"], errors.InvalidTarget, "Did you mean '2%'"),
+        (["convert", NAME, "--no-pretrained", "-o", "OUT"], errors.InvalidArgument, "flops_target, latency_target or"),
+        ([*CONVERT, "0.7", "--no-pretrained", "--device", "abacus", "-o", "OUT"], errors.InvalidArgument, "'abacus' ("),
         ([*CONVERT, "0.7", "--checkpoint", "BAD", "-o", "OUT"], errors.InvalidCheckpoint, "keys that"),
         ([*CONVERT, "0.7", "--checkpoint", "none.pth", "-o", "OUT"], errors.InvalidCheckpoint, "no file"),
         ([*CONVERT, "0.7", "--no-pretrained", "-o", "FILE/out"], errors.InvalidOutputPath, "output path"),

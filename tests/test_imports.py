@@ -16,7 +16,7 @@ ROOT = Path(msa2conv.__file__).parent
 # A module may import modules of a lower rank, and modules of its own rank. The longest matching prefix counts.
 RANKS = [
     ("errors", "progress"),
-    ("layouts", "standin"),
+    ("layouts", "standin", "stopwatch"),
     ("ops",),
     ("kernels", "merging"),
     ("stream",),
@@ -33,6 +33,7 @@ RANKS = [
     ("levers",),
     ("search",),
     ("report", "verify", "laws", "evaluate", "planning"),
+    ("latency",),
     ("train",),
     ("conversion", "inspection"),
     ("train.lessons", "train.trainer", "train.finetune", "train.head", "folding"),

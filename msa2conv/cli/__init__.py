@@ -26,6 +26,7 @@ from ..search.calibrate import Calibration
 from ..search.resume import discard
 from ..storage import load, read_plan
 from ..tradeoff import TARGETS
+from ..workbench import usable_device
 from .models import named, original_of
 from .shown import say, show
 from .train import finetune, train
@@ -75,8 +76,15 @@ def inspect(
 @app.command()
 def convert(
     name: Name,
-    flops: Annotated[str, typer.Option(help="Budget: 0.7, 70%, 3.3G or 3.3e9 multiply-adds at batch 1.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the hybrid, its plan, report and card.")],
+    flops: Annotated[str | None, typer.Option(help="Budget: 0.7, 70%, 3.3G or 3.3e9 multiply-adds at batch 1.")] = None,
+    latency: Annotated[
+        str | None,
+        typer.Option(help="Budget of time: 0.7 or 70% of the original's, 4ms or 800us; alone or beside FLOPs."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where it is calibrated, timed and will run: cpu, cuda, cuda:1.")] = "cpu",
+    batch_size: Annotated[int, typer.Option(help="Images in a batch, for --latency.")] = 1,
+    timetable: Annotated[Path | None, typer.Option(help="File that keeps measured times for further runs.")] = None,
     pretrained: Pretrained = True,
     checkpoint: CheckpointFile = None,
     num_classes: Classes = None,
@@ -91,19 +99,24 @@ def convert(
     progress: bool = True,
 ) -> None:
     """Convert a timm model and write the hybrid to a folder. Interrupted, the same command continues."""
-    target = _number(flops)
+    target = None if flops is None else _number(flops)
     if output.suffix == ".safetensors":
         raise InvalidOutputPath(
             str(output), "the name of a file", "a folder, which gets the hybrid, its plan, report and card",
             f"For example {output.with_suffix('')}.",
         )  # fmt: skip
     check_writable(output / "model.safetensors")
+    where = usable_device(device)
     model, data = _prepared(name, pretrained, checkpoint, num_classes, images, seed)
+    model = model.to(where)
     known = None if calibration is None else Calibration.load(calibration, api.inspect(model).claims)
     with _resumable(output / "calibrating") as calibrating:
         result = api.convert(
             model,
             target,
+            latency_target=None if latency is None else _number(latency),
+            batch_size=batch_size,
+            timetable=timetable,
             data=data,
             levers=_levers(lever),
             calibration=known,

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from ..cost import CostModel
+from ..ops import Attend, AttendMixer
 from ..options import Option
 from ..sites import AttentionSite, FFNSite, Site
 
@@ -51,6 +52,26 @@ def attention_weights(site: AttentionSite, host: nn.Module) -> dict[str, Tensor]
     if q_bias is not None and v_bias is not None:
         values |= {"q.bias": q_bias, "v.bias": v_bias}
     return {name: value.detach().float().cpu() for name, value in values.items()}
+
+
+def whole_attention(site: AttentionSite, host: nn.Module) -> tuple[Attend, AttendMixer]:
+    """The host's own weights in an `Attend` mixer of its size, and its spec."""
+    named, merging = site.projections, site.merging
+    assert named is not None and named.scale is not None and merging is not None
+    weights = attention_weights(site, host)
+    spec = Attend(
+        arrangement=merging.arrangement,
+        dim=site.dim,
+        heads=named.heads,
+        qk_dim=named.head_dim,
+        v_dim=named.head_dim,
+        scale=named.scale,
+        bias="q.bias" in weights,
+        sizes=merging.sizes,
+    )
+    mixer = AttendMixer(spec, site.io)
+    mixer.load_state_dict(weights)
+    return spec, mixer.requires_grad_(False).eval()
 
 
 class Alone:

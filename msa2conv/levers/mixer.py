@@ -1,5 +1,7 @@
 """Lever "mixer": an attention becomes nothing, a constant, a global average or a convolution, fitted in closed form.
 
+A convolution is a bottleneck fitted as a whole, or a depthwise one between the attention's own W_v and W_o.
+
 Shape suffixes: B batch, P prefix, C channels, H W grid, I features of a neighbourhood (C k k), O outputs, R rank.
 """
 
@@ -16,15 +18,27 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator
 from torch import Tensor, nn
 
 from ..cost import CostModel
-from ..ops import AttendPrefix, Constant, Conv, Global, MixerSpec, Prefix, PrefixAttention, RidgePrefix, Skip
+from ..ops import (
+    AttendPrefix,
+    Constant,
+    Conv,
+    Depthwise,
+    Global,
+    MixerSpec,
+    Prefix,
+    PrefixAttention,
+    RidgePrefix,
+    Skip,
+)
 from ..options import Option
 from ..plan import Replace
 from ..sites import AttentionSite, Site
 from .base import Alone, attention_weights, is_plain
+from .depthwise import ValueStatistics
 from .fitted import FittedRecord
 from .ridge import reduce_rank, ridge_by_leave_one_out, solve_ridge
 
-_CONV = re.compile(r"conv([13579])x\1")
+_CONV = re.compile(r"(conv|depthwise)([13579])x\2")
 _SPEC: TypeAdapter[MixerSpec] = TypeAdapter(MixerSpec)
 
 
@@ -32,7 +46,8 @@ class Mixer(BaseModel, Alone):
     """What may stand in the place of an attention.
 
     Args:
-        ops: candidates beside the attention: "skip", "constant", "global", "conv1x1", "conv3x3", "conv5x5"...
+        ops: candidates beside the attention: "skip", "constant", "global", "conv1x1", "conv3x3", "conv5x5"...,
+            "depthwise3x3", "depthwise5x5"... (where an adapter states W_v and W_o).
         rank: bottleneck width of convolutions in head dims.
         ridge: strength of the ridge, relative to the mean variance of an input feature.
         prefix: "attend" keeps the attention of prefix tokens where it can be folded exactly, and falls back to "ridge"
@@ -46,7 +61,7 @@ class Mixer(BaseModel, Alone):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["mixer"] = "mixer"
-    ops: tuple[str, ...] = ("skip", "constant", "global", "conv1x1", "conv3x3")
+    ops: tuple[str, ...] = ("skip", "constant", "global", "conv1x1", "conv3x3", "depthwise3x3")
     rank: float = Field(default=1.0, gt=0)
     ridge: float = Field(default=1e-3, gt=0)
     prefix: Literal["attend", "ridge"] = "attend"
@@ -57,7 +72,9 @@ class Mixer(BaseModel, Alone):
     def _known(cls, ops: tuple[str, ...]) -> tuple[str, ...]:
         for op in ops:
             if op not in ("skip", "constant", "global") and not _CONV.fullmatch(op):
-                raise ValueError(f"unknown op {op!r}: use skip, constant, global, conv1x1, conv3x3, conv5x5, ...")
+                raise ValueError(
+                    f"unknown op {op!r}: use skip, constant, global, conv1x1, conv3x3, conv5x5, ..., depthwise3x3, ..."
+                )
         return ops
 
     @staticmethod
@@ -74,20 +91,24 @@ class Mixer(BaseModel, Alone):
         assert isinstance(site, AttentionSite)
         # what calibration will offer at most: the dearer of the two prefixes, with context
         prefixes = [None, _attend(site)] if self.prefix == "attend" and is_plain(site) else [None]
-        flops = [max(costs.mixer(site, self.spec(op, site, prefix)) for prefix in prefixes) for op in self.ops]
+        ops = [op for op in self.ops if not op.startswith("depthwise")]  # possible only where W_v and W_o prove right
+        flops = [max(costs.mixer(site, self.spec(op, site, prefix)) for prefix in prefixes) for op in ops]
         return Option(site.path, "cheapest", min([*flops, costs.hosts[site.path]]))
 
     def memory(self, site: Site) -> int:
         assert isinstance(site, AttentionSite)
-        return 8 * (site.dim * self._kernel**2) ** 2
+        width, taps = site.heads * site.head_dim, self._kernel("depthwise") ** 2
+        by_channel = width * (taps + site.layout.prefix + 2) ** 2 if taps else 0
+        return 8 * ((site.dim * self._kernel("conv") ** 2) ** 2 + by_channel)
 
     def statistics(self, site: Site, host: nn.Module, prefix_weight: float, ridge_factor: float) -> MixerStatistics:
         assert isinstance(site, AttentionSite)
         return MixerStatistics(self.model_copy(update={"ridge": self.ridge * ridge_factor}), site, host)
 
-    @property
-    def _kernel(self) -> int:
-        return max([int(match[1]) for match in map(_CONV.fullmatch, self.ops) if match], default=1)
+    def _kernel(self, kind: str) -> int:
+        """The largest kernel of a kind; 0 if there is none."""
+        found = (match for match in map(_CONV.fullmatch, self.ops) if match)
+        return max((int(match[2]) for match in found if match[1] == kind), default=0)
 
     def spec(self, op: str, site: AttentionSite, prefix: Prefix | None, context: bool | None = None) -> MixerSpec:
         """The spec of a candidate at a site; `prefix=None` means the cheaper ridge where there are prefix tokens."""
@@ -103,8 +124,12 @@ class Mixer(BaseModel, Alone):
             return Global(layout=layout, dim=dim, context=seen, prefix=prefix)
         match = _CONV.fullmatch(op)
         assert match is not None
+        kernel = int(match[2])
+        if match[1] == "depthwise":
+            width = site.heads * site.head_dim
+            return Depthwise(layout=layout, dim=dim, kernel=kernel, width=width, context=seen, prefix=prefix)
         rank = min(dim, max(1, round(self.rank * site.head_dim)))
-        return Conv(layout=layout, dim=dim, kernel=int(match[1]), rank=rank, context=seen, prefix=prefix)
+        return Conv(layout=layout, dim=dim, kernel=kernel, rank=rank, context=seen, prefix=prefix)
 
 
 class MixerStatistics:
@@ -112,11 +137,13 @@ class MixerStatistics:
 
     def __init__(self, lever: Mixer, site: AttentionSite, host: nn.Module) -> None:
         self.lever, self.site = lever, site
-        self.kernel = lever._kernel
+        self.kernel, depthwise = lever._kernel("conv"), lever._kernel("depthwise")
         size = site.dim * self.kernel**2
-        self.fits_conv = any(map(_CONV.fullmatch, lever.ops))
-        self.gram_II = torch.zeros(size, size, dtype=torch.double) if self.fits_conv else None
-        self.cross_IO = torch.zeros(size, site.dim, dtype=torch.double) if self.fits_conv else None
+        self.gram_II = torch.zeros(size, size, dtype=torch.double) if self.kernel else None
+        self.cross_IO = torch.zeros(size, site.dim, dtype=torch.double) if self.kernel else None
+        self.values = None
+        if depthwise and ValueStatistics.applies(site, host):
+            self.values = ValueStatistics(site, host, depthwise, lever.context)
         self.shift_I: Tensor | None = None
         self.map_CHW = torch.zeros(site.dim, *site.layout.grid, dtype=torch.double)
         self.images = 0
@@ -144,6 +171,8 @@ class MixerStatistics:
             self.attention_error = max(self.attention_error, float((own - prefix_out_BPC).abs().max() / scale))
         if self.gram_II is not None and self.cross_IO is not None:
             self._update_gram(x_BCHW, out_BCHW, self.gram_II, self.cross_IO)
+        if self.values is not None:
+            self.values.update(x, out)
 
     def _update_gram(self, x_BCHW: Tensor, out_BCHW: Tensor, gram_II: Tensor, cross_IO: Tensor) -> None:
         features_BIL = F.unfold(x_BCHW, self.kernel, padding=self.kernel // 2)
@@ -157,8 +186,12 @@ class MixerStatistics:
 
     def fit(self, host: nn.Module, costs: CostModel) -> MixerRecord:
         prefix = self._prefix_spec()
+        if self.values is not None and not self.values.close():
+            self.values = None
         candidates = []
         for op in self.lever.ops:
+            if op.startswith("depthwise") and self.values is None:
+                continue
             spec, tensors = self._fit(op, prefix)
             flops = costs.mixer(self.site, spec)
             if flops < costs.hosts[self.site.path]:
@@ -189,6 +222,8 @@ class MixerStatistics:
                 tensors["context.weight"] = context[0]
                 tensors["grid_CHW"] = per_position_CHW + context[1][:, None, None]
             return self._spec_and_floats(op, prefix, context is not None, tensors)
+        if op.startswith("depthwise"):
+            return self._fit_depthwise(op, prefix, tensors, mean_out_BO)
         return self._fit_conv(op, prefix, tensors, mean_out_BO)
 
     def _fit_conv(
@@ -219,6 +254,19 @@ class MixerStatistics:
             bias_O = bias_O + context[1]
         tensors[bias_name] = bias_O
         return self._spec_and_floats(op, prefix, context is not None, tensors)
+
+    def _fit_depthwise(
+        self, op: str, prefix: Prefix | None, tensors: dict[str, Tensor], mean_out_BO: Tensor
+    ) -> tuple[MixerSpec, dict[str, Tensor]]:
+        spec = self.lever.spec(op, self.site, prefix)
+        assert isinstance(spec, Depthwise) and self.values is not None
+        fitted, predicted_BO = self.values.fit(spec.kernel, self.lever.ridge)
+        tensors |= fitted
+        context = self._context(mean_out_BO.double() - predicted_BO)
+        if context is not None:
+            tensors["context.weight"] = tensors["context.weight"] + context[0]
+            tensors["expand.bias"] = tensors["expand.bias"] + context[1]
+        return self._spec_and_floats(op, prefix, None, tensors)
 
     def _inner(self, kernel: int) -> Tensor:
         """Indices of the central `kernel` x `kernel` neighbourhood among the features of the largest one."""

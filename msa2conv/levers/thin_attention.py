@@ -23,11 +23,11 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from ..cost import CostModel
-from ..ops import Attend, AttendMixer, as_sequence
+from ..ops import Attend, as_sequence
 from ..options import Option
 from ..plan import Replace
 from ..sites import AttentionSite, Projections, Site
-from .base import Alone, Record, Statistics, attention_weights, host_option, is_plain
+from .base import Alone, Record, Statistics, host_option, is_plain, whole_attention
 from .fewer_heads import HeadRecord, HeadStatistics, kept_heads
 from .fitted import FittedRecord
 from .ridge import floor_of, gram_of, precise, solve_ridge
@@ -101,26 +101,6 @@ class ThinAttention(BaseModel, Alone):
             tuple(max(1, round(part * size)) for part, size in zip(share, own, strict=True)) for share in self.shares
         ]
         return [size for size in dict.fromkeys(found) if size != own]  # type: ignore[misc]
-
-
-def whole_attention(site: AttentionSite, host: nn.Module) -> tuple[Attend, AttendMixer]:
-    """The host's own weights in an `Attend` mixer of its size, and its spec."""
-    named, merging = site.projections, site.merging
-    assert named is not None and named.scale is not None and merging is not None
-    weights = attention_weights(site, host)
-    spec = Attend(
-        arrangement=merging.arrangement,
-        dim=site.dim,
-        heads=named.heads,
-        qk_dim=named.head_dim,
-        v_dim=named.head_dim,
-        scale=named.scale,
-        bias="q.bias" in weights,
-        sizes=merging.sizes,
-    )
-    mixer = AttendMixer(spec, site.io)
-    mixer.load_state_dict(weights)
-    return spec, mixer.requires_grad_(False).eval()
 
 
 class AttentionStatistics:

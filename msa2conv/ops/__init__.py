@@ -8,11 +8,11 @@ from pydantic import Field
 
 from .attend import Attend, AttendMixer
 from .base import IO, Path, Spec, TokenMixer, Width
-from .local import Constant, Conv, ConvMixer, Global, Identity, IdentityMixer, Skip
+from .local import Constant, Conv, ConvMixer, Depthwise, DepthwiseMixer, Global, Identity, IdentityMixer, Skip
 from .prefix import AttendPrefix, PassPrefix, Prefix, PrefixAttention, RidgePrefix
 from .sequence import Arrangement, Sizes, arranged, as_sequence
 
-MixerSpec = Annotated[Skip | Identity | Constant | Global | Conv | Attend, Field(discriminator="kind")]
+MixerSpec = Annotated[Skip | Identity | Constant | Global | Conv | Depthwise | Attend, Field(discriminator="kind")]
 
 __all__ = [
     "IO",
@@ -23,6 +23,8 @@ __all__ = [
     "Constant",
     "Conv",
     "ConvMixer",
+    "Depthwise",
+    "DepthwiseMixer",
     "Global",
     "Identity",
     "IdentityMixer",

@@ -1,6 +1,6 @@
 """Mixers that no token asks anything: nothing, a constant, a global average, a convolution.
 
-Shape suffixes: B batch, P prefix tokens, N tokens, C channels, H W grid, R rank, K heads, D head dim, O I out in.
+Shape suffixes: B batch, P prefix tokens, N tokens, C channels, H W grid, R rank, O I out in.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ def _odd(kernel: int) -> int:
     if kernel % 2 == 0:
         raise ValueError(f"kernel {kernel} must be odd")
     return kernel
+
+
+Kernel = Annotated[int, Field(ge=1, le=15), AfterValidator(_odd)]
 
 
 class Skip(Spec):
@@ -80,7 +83,7 @@ class Conv(Spec):
     kind: Literal["conv"] = "conv"
     layout: Layout
     dim: Width
-    kernel: Annotated[int, Field(ge=1, le=15), AfterValidator(_odd)]
+    kernel: Kernel
     rank: Width
     norm: Literal["batch"] | None = None
     act: Literal["relu"] | None = None
@@ -94,6 +97,27 @@ class Conv(Spec):
 
     def build(self, io: IO) -> TokenMixer:
         return ConvMixer(self, io)
+
+
+class Depthwise(Spec):
+    """An attention whose averages are taken by a convolution: values by a 1x1, their neighbours weighted channel by
+    channel, out by a 1x1; plus (if `context`) the linear part of `Global`.
+
+    Args:
+        layout, kernel, context, prefix: as of `Conv`.
+        width: channels of the values.
+    """
+
+    kind: Literal["depthwise"] = "depthwise"
+    layout: Layout
+    dim: Width
+    kernel: Kernel
+    width: Width
+    context: bool = False
+    prefix: Prefix | None = None
+
+    def build(self, io: IO) -> TokenMixer:
+        return DepthwiseMixer(self, io)
 
 
 class SkipMixer(TokenMixer):
@@ -125,7 +149,7 @@ class ConstantMixer(TokenMixer):
 class _MapMixer(TokenMixer):
     """patches = local(map) + context(prefix tokens, mean of the patches); prefix tokens by their own module."""
 
-    def __init__(self, spec: Global | Conv, io: IO) -> None:
+    def __init__(self, spec: Global | Conv | Depthwise, io: IO) -> None:
         super().__init__(spec, io)
         self.layout = spec.layout
         inputs = (spec.layout.prefix + 1) * spec.dim
@@ -171,4 +195,19 @@ class ConvMixer(_MapMixer):
 
     def local(self, map_BCHW: Tensor) -> Tensor:
         out: Tensor = self.expand(self.act(self.norm(self.reduce(map_BCHW))))
+        return out
+
+
+class DepthwiseMixer(_MapMixer):
+    def __init__(self, spec: Depthwise, io: IO) -> None:
+        super().__init__(spec, io)
+        # no biases in front of the taps: what lies outside the map is then zero for the values as well
+        self.value = nn.Conv2d(spec.dim, spec.width, 1, bias=False)
+        self.taps = nn.Conv2d(
+            spec.width, spec.width, spec.kernel, padding=spec.kernel // 2, groups=spec.width, bias=False
+        )
+        self.expand = nn.Conv2d(spec.width, spec.dim, 1)
+
+    def local(self, map_BCHW: Tensor) -> Tensor:
+        out: Tensor = self.expand(self.taps(self.value(map_BCHW)))
         return out

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pydantic import BaseModel, ConfigDict
 
 from ..plan import Plan
+from .latency import Latency
 from .training import Training
 
 
 class Report(BaseModel):
     """Args:
-    flops_before, flops_after, target: multiply-adds of one forward pass at batch 1.
+    flops_before, flops_after, target: multiply-adds of one forward pass at batch 1; target is None without a budget of
+        FLOPs.
     parameters_before, parameters_after: number of parameters.
     measure: "kl" (nats, of the logits) or "relative" (squared error of the features over their square).
     distance: the hybrid's distance to the original on held-out images, before any polish; None if none were given.
@@ -27,6 +29,7 @@ class Report(BaseModel):
     device: where it ran.
     laws: {law: largest difference or exact figure} as verified on this model.
     warnings: what the user should know.
+    latency: measured times, where there was a budget of time.
     training: what a fine-tuning did since, None without.
     """
 
@@ -35,7 +38,7 @@ class Report(BaseModel):
     name: str
     flops_before: int
     flops_after: int
-    target: int
+    target: int | None
     parameters_before: int
     parameters_after: int
     measure: str
@@ -54,6 +57,7 @@ class Report(BaseModel):
     device: str
     laws: dict[str, float]
     warnings: list[str] = []
+    latency: Latency | None = None
     training: Training | None = None
 
     def __str__(self) -> str:
@@ -76,9 +80,16 @@ class Report(BaseModel):
             )
         if self.agreement is not None:
             rows.append(("same prediction, held out", "100%", f"{self.agreement:.1%}", ""))
+        if self.latency is not None:
+            old, new = (1e3 * timing.seconds for timing in (self.latency.before, self.latency.after))
+            what = f"ms, batch {self.latency.batch_size}, {self.latency.dtype}"
+            rows.append((what, f"{old:.4g}", f"{new:.4g}", f"{self.latency.ratio:.1%}"))
         lines = [f"{'':<44}{'before':>10}{'after':>10}{'ratio':>9}"]
         lines += [f"{name:<44}{old:>10}{new:>10}{ratio:>9}" for name, old, new, ratio in rows]
-        lines.append(f"budget {self.target / 1e9:.3f} GFLOPs, {after / self.target:.2%} used")
+        if self.target is not None:
+            lines.append(f"budget {self.target / 1e9:.3f} GFLOPs, {after / self.target:.2%} used")
+        if self.latency is not None:
+            lines.append(f"budget {1e3 * self.latency.target:.4g} ms, {self.latency}")
         if self.images:
             used = f"{self.images['fit']} to fit, {self.images['held out']} held out"
             lines.append(f"calibrated on {self.calibration}: {used}")

@@ -133,13 +133,23 @@ def solve_settings(
         floor = least_flops(settings, options, rest)
         if limit is None or budget < floor:
             raise infeasible(budget, floor)
-        raise too_slow(limit.most, min(_quickest(setting, options, limit) for setting in settings))
+        raise too_slow(limit.most, quickest(settings, options, limit))
     return best[1], best[2]
 
 
-def _quickest(setting: Setting, options: Options, limit: Limit) -> float:
-    groups = inside(setting, options).values()
-    return limit.inside(setting).rest + sum(min(map(limit.of, group)) for group in groups)
+def quickest(settings: Iterable[Setting], options: Options, limit: Limit) -> float:
+    """The least that any network takes of a limit, whatever it costs in accuracy."""
+    known: dict[tuple[str, int | None], float] = {}
+
+    def least(path: str, tokens: int | None) -> float:
+        if (path, tokens) not in known:
+            known[path, tokens] = min(map(limit.of, on_tokens(options[path], tokens)))
+        return known[path, tokens]
+
+    return min(
+        limit.inside(setting).rest + sum(least(path, setting.tokens.get(path)) for path in options)
+        for setting in settings
+    )
 
 
 def _steps(setting: Setting, price: Callable[[Option], float]) -> float:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..options import Option
-from ..plan import Shorten, Slice, Wrap
+from ..plan import Edit, Shorten, Slice, Wrap
 from ..sites import FFNSite, Site
 from .apply import apply_edits, load_tensors, relative, replace_submodule, submodule
 from .supernode import HOST, Supernode
@@ -101,15 +101,23 @@ def realise(option: Option, site: Site, host: nn.Module) -> nn.Module:
     """What `option` leaves of the host of `site`'s supernode, built from a copy."""
     place = _place(site)
     edits = [edit for edit in option.edits if edit.path.startswith(f"{place}.") or edit.path == place]
-    holder = nn.Module()
-    holder._modules["host"] = copy.deepcopy(host)
-    apply_edits(holder, [edit.model_copy(update={"path": _rebase(edit.path, place)}) for edit in edits])
-    load_tensors(holder, {_rebase(name, place): value for name, value in option.tensors().items()})
-    branch: nn.Module = holder._modules["host"]  # type: ignore[assignment]
+    branch = edited(host, place, edits, option.tensors())
     if isinstance(site, FFNSite):
         (read,) = (edit for edit in edits if isinstance(edit, Slice))
         return Selective(branch, [unit for start, stop in read.kept for unit in range(start, stop)])
     return branch
+
+
+def edited(
+    host: nn.Module, place: str, edits: Iterable[Edit], tensors: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """What edits leave of a copy of the module at `place`, with these values where they are given."""
+    holder = nn.Module()
+    holder._modules["host"] = copy.deepcopy(host)
+    apply_edits(holder, [edit.model_copy(update={"path": _rebase(edit.path, place)}) for edit in edits])
+    load_tensors(holder, {_rebase(name, place): value for name, value in (tensors or {}).items()})
+    found: nn.Module = holder._modules["host"]  # type: ignore[assignment]
+    return found
 
 
 class Selective(nn.Module):
@@ -149,4 +157,4 @@ def max_difference(found: Tensor, expected: Tensor) -> tuple[float, float]:
     return float((found - expected).abs().max()), 1e-5 * max(1.0, float(expected.abs().max()))
 
 
-__all__ = ["HOST", "Supernet", "Supernode", "lift", "max_difference", "realise"]
+__all__ = ["HOST", "Supernet", "Supernode", "edited", "lift", "max_difference", "realise"]

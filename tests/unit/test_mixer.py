@@ -11,11 +11,12 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from msa2conv.cost import CostModel
+from msa2conv.kernels import Rows
 from msa2conv.layouts import Layout
 from msa2conv.levers import Mixer
 from msa2conv.levers.mixer import Candidate, MixerRecord
-from msa2conv.ops import IO, AttendPrefix, Constant, Conv, Global, MixerSpec, RidgePrefix
-from msa2conv.sites import AttentionSite
+from msa2conv.ops import IO, AttendPrefix, Constant, Conv, Depthwise, Global, MixerSpec, RidgePrefix
+from msa2conv.sites import AttentionSite, Projections
 from msa2conv.transforms.lift import realise
 
 DIM = 12
@@ -41,8 +42,10 @@ def pictures(layout: Layout, count: int = 200) -> Tensor:
 
 
 @torch.no_grad()
-def fitted(host: nn.Module, layout: Layout, lever: Mixer, heads: int = 3) -> MixerRecord:
-    site = AttentionSite("attn", "attn", DIM, heads, DIM // heads, layout, IO())
+def fitted(
+    host: nn.Module, layout: Layout, lever: Mixer, heads: int = 3, projections: Projections | None = None
+) -> MixerRecord:
+    site = AttentionSite("attn", "attn", DIM, heads, DIM // heads, layout, IO(), projections)
     x = pictures(layout)
     windows = len(layout.from_map(torch.zeros(0), torch.zeros(1, 1, *layout.grid))) if layout.window else 1
     costs = CostModel(10**9, {"attn": 10**8}, {}, {"attn": (windows, *x.shape[1:])})
@@ -117,7 +120,7 @@ def prefix_kinds(case: Case) -> set[str | None]:
         if isinstance(record, MixerRecord)
         for each in record.candidates
     ]
-    return {spec.prefix and spec.prefix.kind for spec in specs if isinstance(spec, (Conv, Global))}
+    return {spec.prefix and spec.prefix.kind for spec in specs if isinstance(spec, (Conv, Depthwise, Global))}
 
 
 @pytest.mark.parametrize(
@@ -155,7 +158,7 @@ def test_attended_prefix_tokens_come_out_as_the_host_makes_them() -> None:
     x = torch.randn(3, 19, 48, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for option in case.options[site.path]:
-            if option.name in ("global", "conv1x1", "conv3x3"):
+            if option.name in ("global", "conv1x1", "conv3x3", "depthwise3x3"):
                 found = realise(option, site, host)(x)
                 torch.testing.assert_close(found[:, :3], host(x)[:, :3], rtol=1e-4, atol=1e-4)
 
@@ -170,3 +173,74 @@ def test_only_mixers_cheaper_than_the_host_are_options(case: Case) -> None:
 def test_malformed_levers_are_refused(fields: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         Mixer.model_validate(fields)
+
+
+class Averaging(nn.Module):
+    """Is a `Depthwise` mixer whose output layer is a Linear, as an attention's is; bias of values included."""
+
+    def __init__(self, layout: Layout, context: bool = False) -> None:
+        super().__init__()
+        prefix = RidgePrefix() if layout.prefix else None
+        spec = Depthwise(layout=layout, dim=DIM, kernel=3, width=DIM, context=context, prefix=prefix)
+        self.inner, self.layout = host_of(spec), layout
+        self.v, self.proj = nn.Linear(DIM, DIM), nn.Linear(DIM, DIM)
+        self.inner.value.weight.data = self.v.weight.data[:, :, None, None]
+        self.weights = nn.Parameter(torch.randn(DIM, 1 + layout.prefix, generator=torch.Generator().manual_seed(1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        prefix_BPC, map_BCHW = self.layout.to_map(x)
+        read_BVHW = self.inner.taps(self.inner.value(map_BCHW)) + self.v.bias[:, None, None]
+        seen_BCF = map_BCHW.mean((2, 3))[..., None]
+        if self.layout.prefix:
+            seen_BCF = torch.cat((prefix_BPC.transpose(1, 2), seen_BCF), 2)
+        read_BVHW = read_BVHW + ((self.v.weight @ seen_BCF) * self.weights).sum(2)[:, :, None, None]
+        return self.proj(self.layout.from_map(prefix_BPC, read_BVHW))
+
+
+NAMED = Projections(Rows("v"), Rows("proj"), heads=3, head_dim=DIM // 3)
+
+
+@pytest.mark.parametrize("layout", [GRID, TOKENS, SWIN], ids=["grid", "prefix", "windows"])
+def test_a_host_that_averages_by_a_convolution_is_recovered(layout: Layout) -> None:
+    host = Averaging(layout)
+    lever = Mixer(ops=("conv1x1", "depthwise3x3", "depthwise5x5"), **EXACT)
+    record = fitted(host, layout, lever, projections=NAMED)
+    assert error_of(record, "depthwise3x3", host, layout) < 1e-3**2
+    assert error_of(record, "depthwise5x5", host, layout) < 1e-3**2
+    assert error_of(record, "conv1x1", host, layout) > 0.1
+    taps = candidate(record, "depthwise3x3").tensors["taps.weight"]
+    torch.testing.assert_close(taps, host.inner.taps.weight.detach(), rtol=1e-3, atol=1e-3)
+    assert not host.proj._forward_pre_hooks, "nothing listens any more"
+
+
+def test_without_context_a_depthwise_convolution_sees_its_neighbours_only() -> None:
+    host, ops = Averaging(TOKENS), ("depthwise3x3",)
+    seeing, blind = (
+        fitted(host, TOKENS, Mixer(ops=ops, context=each, **EXACT), projections=NAMED) for each in (True, False)
+    )
+    assert candidate(seeing, "depthwise3x3").spec.context and not candidate(blind, "depthwise3x3").spec.context
+    errors = [error_of(record, "depthwise3x3", host, TOKENS) for record in (seeing, blind)]
+    assert errors[0] < 1e-3 * errors[1]
+
+
+class Gated(Averaging):
+    """More than W_o stands behind what is read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 1.1
+
+
+def test_a_depthwise_convolution_needs_the_host_to_read_by_its_output_layer_alone() -> None:
+    for host, named in [
+        (Gated(GRID), NAMED),
+        (Averaging(GRID), None),
+        (Averaging(GRID), replace(NAMED, out=Rows("v"))),
+    ]:
+        record = fitted(host, GRID, Mixer(ops=("conv1x1", "depthwise3x3")), projections=named)
+        assert [each.name for each in record.candidates] == ["conv1x1"]
+
+
+@pytest.mark.parametrize("name", ["vit", "qk_norm", "swin"])
+def test_attentions_of_every_kind_may_become_depthwise(name: str) -> None:
+    offered = {option.name for options in case_of(name).options.values() for option in options}
+    assert "depthwise3x3" in offered

@@ -16,6 +16,7 @@ from msa2conv.ops import (
     AttendPrefix,
     Constant,
     Conv,
+    Depthwise,
     Global,
     Identity,
     MixerSpec,
@@ -42,6 +43,8 @@ SPECS = [
     Conv(layout=SWIN, dim=DIM, kernel=1, rank=3, context=True),
     Conv(layout=VIT, dim=DIM, kernel=3, rank=DIM, norm="batch", act="relu", prefix=PassPrefix()),
     Conv(layout=SWIN, dim=DIM, kernel=1, rank=3, act="relu"),
+    Depthwise(layout=VIT, dim=DIM, kernel=3, width=4, context=True, prefix=ATTEND),
+    Depthwise(layout=SWIN, dim=DIM, kernel=5, width=DIM),
 ]
 
 
@@ -109,6 +112,18 @@ def test_a_convolution_runs_on_the_whole_map(layout: Layout, kernel: int, rank: 
         expected = slow_convolution(inner, mixer.expand.weight) + mixer.expand.bias[:, None, None]
     else:
         expected = inner + mixer.reduce.bias[:, None, None]
+    torch.testing.assert_close(layout.to_map(mixer(x))[1], expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [Layout(grid=(3, 4)), VIT, SWIN], ids=["plain", "prefix", "windows"])
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_a_depthwise_convolution_mixes_positions_channel_by_channel(layout: Layout, kernel: int) -> None:
+    prefix = RidgePrefix() if layout.prefix else None
+    mixer = randomised(Depthwise(layout=layout, dim=DIM, kernel=kernel, width=4, prefix=prefix).build(PLAIN))
+    x = tokens_for(layout)
+    values = slow_convolution(layout.to_map(x)[1], mixer.value.weight)
+    averaged = torch.cat([slow_convolution(values[:, i : i + 1], mixer.taps.weight[i : i + 1]) for i in range(4)], 1)
+    expected = slow_convolution(averaged, mixer.expand.weight) + mixer.expand.bias[:, None, None]
     torch.testing.assert_close(layout.to_map(mixer(x))[1], expected, rtol=1e-5, atol=1e-4)
 
 
@@ -195,6 +210,7 @@ def test_every_spec_round_trips_and_builds_what_keeps_shape_and_dtype(spec: Mixe
         {"kind": "conv", "code": "print()"},
         {"kind": "conv", "norm": "layer"},
         {"kind": "conv", "act": "gelu"},
+        {"kind": "depthwise", "rank": None, "width": 3, "kernel": 2},
         {"kind": "conv", "prefix": {"kind": "pass", "heads": 2}},
         {"kind": "conv", "prefix": {"kind": "attend", "heads": 2, "head_dim": 3, "scale": float("nan")}},
     ],

@@ -1,0 +1,201 @@
+"""Milliseconds as a budget: plans are solved on measured times, and corrected by the time that they really take."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import InvalidArgument, InvalidTarget
+from .planning import Choice, choose
+from .report.inspection import Inspection
+from .report.latency import CLOSE, Latency
+from .search.calibrate import Calibration
+from .search.measure import OutputFn
+from .search.solve import quickest, too_slow
+from .search.timetable import SiteTimes, Timetable, described
+from .search.timing import measure_times
+from .stopwatch import Samples, interleaved
+from .workbench import usable_device
+
+CORRECTIONS = 3
+_ROUNDS = 15
+_TEXT = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(%|s|ms|us|µs)\s*", re.IGNORECASE)
+_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
+_ACCEPTED = "a fraction in (0, 1) of the original's time, or text such as '70%', '4ms' or '800us'"
+
+
+def parse_latency(target: float | str, original: float | None = None) -> float:
+    """`latency_target` -> seconds.
+
+    Args:
+        target: 0.7, "70%", "4ms", "800us" or "0.01s".
+        original: seconds of the original; without them fractions are only checked, and 0 is returned.
+
+    Raises:
+        InvalidTarget: anything else, or not less than the original takes.
+
+    Example:
+        >>> parse_latency("70%", 0.010)
+        0.007
+    """
+    hint = "Write for example 0.7, '70%' or '4ms'."
+    if isinstance(target, str):
+        match = _TEXT.fullmatch(target)
+        if match is None:
+            raise InvalidTarget("latency_target", repr(target), _ACCEPTED, hint)
+        fraction = match[2] == "%"
+        value = float(match[1]) * (0.01 if fraction else _UNITS[match[2].lower()])
+    elif isinstance(target, (int, float)) and not isinstance(target, bool):
+        fraction, value = True, float(target)
+        if value > 1:
+            raise InvalidTarget("latency_target", repr(target), _ACCEPTED, f"Did you mean '{target:g}ms'?")
+    else:
+        raise InvalidTarget("latency_target", type(target).__name__, _ACCEPTED, hint)
+    if not value > 0 or (fraction and value >= 1):
+        raise InvalidTarget("latency_target", repr(target), _ACCEPTED, hint)
+    if original is None:
+        return 0.0
+    seconds = value * original if fraction else value
+    if seconds >= original:
+        raise InvalidTarget(
+            "latency_target", f"{target!r}", f"less than the original's {1e3 * original:.4g} ms on this device",
+            f"Ask for less, for example '{0.7e3 * original:.2g}ms' or 0.7.",
+        )  # fmt: skip
+    return seconds
+
+
+class Stopwatch:
+    """Times the original and hybrids of it where they will run.
+
+    Args:
+        original: the user's model; copied.
+        example: one image [1, C, H, W].
+        device: where; None: where the model is.
+        batch_size: images in a batch.
+        progress: show bars.
+
+    Raises:
+        InvalidArgument: no such device, or no such batch size.
+    """
+
+    def __init__(
+        self, original: nn.Module, example: Tensor, device: str | torch.device | None, batch_size: int, progress: bool
+    ) -> None:
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise InvalidArgument("batch_size", repr(batch_size), "an integer >= 1", "Time what you will run.")
+        first = next(original.parameters())
+        self.device = first.device if device is None else usable_device(device)
+        self.original = self.ready(copy.deepcopy(original))
+        self.inputs = example.to(self.device, first.dtype).expand(batch_size, *example.shape[1:]).contiguous()
+        self.progress = progress
+
+    def ready(self, model: nn.Module) -> nn.Module:
+        return model.to(self.device).eval().requires_grad_(False)
+
+    def beside(self, hybrid: nn.Module) -> Samples:
+        """Of "original" and "hybrid", in turn."""
+        models = {"original": self.original, "hybrid": self.ready(hybrid)}
+        calls = {name: partial(model, self.inputs) for name, model in models.items()}
+        return interleaved(calls, self.device, _ROUNDS, what="time", progress=self.progress)
+
+    def check(self, target: float | str, seen: Inspection) -> None:
+        """Refuse, before any calibration, what no lever could reach: less than all that is outside the sites takes.
+
+        Raises:
+            InvalidTarget, InfeasibleBudget.
+        """
+        options: dict[str, Any] = {site.path: () for site in seen.claims.sites}
+        table = Timetable(device=described(self.device))
+        times = measure_times(
+            self.original, seen.claims, options, (), self.inputs, table=table, rounds=5, progress=self.progress
+        )
+        seconds, floor = parse_latency(target, times.base), times.base - sum(times.hosts.values())
+        if seconds < 0.9 * floor:  # measured, so within the noise it may be possible
+            raise too_slow(seconds, floor)
+
+    def times(self, seen: Inspection, calibration: Calibration, cache: str | os.PathLike[str] | None) -> SiteTimes:
+        """Of every option of a calibration; `cache` is a file that keeps them for further runs."""
+        times = measure_times(
+            self.original,
+            seen.claims,
+            calibration.options(),
+            calibration.settings(),
+            self.inputs,
+            table=Timetable.of(self.device, cache),
+            progress=self.progress,
+        )
+        if cache is not None and times.table is not None:
+            times.table.save(cache)
+        return times
+
+
+def choose_in_time(
+    work: nn.Module,
+    calibration: Calibration,
+    flops: int,
+    target: float | str,
+    watch: Stopwatch,
+    times: SiteTimes,
+    build: Callable[[Choice], nn.Module],
+    *,
+    output_fn: OutputFn | None = None,
+) -> tuple[Choice, Latency]:
+    """Solve for the time allowed, measure the network, and solve again for what its error says, at most three times.
+
+    Modules timed by themselves are a little faster or slower than in the network. What the network gained over what was
+    promised corrects the time that the solver may give out.
+
+    Args:
+        work: the original, float32, eval.
+        calibration: of it.
+        flops: multiply-adds allowed.
+        target: as `parse_latency` takes it.
+        watch, times: on the device.
+        build: a choice as a network of the original's dtype.
+        output_fn: the one that calibrated.
+
+    Raises:
+        InfeasibleBudget: the target lies below the floor of the calibration's options.
+    """
+    sites, allowed = list(calibration.options()), parse_latency(target, times.base)
+    floor = quickest(calibration.settings(), calibration.options(), times.limit(sites, allowed))
+    tried: list[tuple[Choice, Latency]] = []
+    while True:
+        limit = times.limit(sites, allowed)
+        choice = choose(work, calibration, flops, limit=limit, progress=watch.progress, output_fn=output_fn)
+        samples, predicted = watch.beside(build(choice)), times.total(choice.choices)
+        ratio, before = samples.ratio("hybrid", "original"), samples.timing("original")
+        wanted = parse_latency(target, before.seconds) / before.seconds
+        latency = Latency(
+            target=wanted * before.seconds,
+            before=before,
+            after=samples.timing("hybrid"),
+            ratio=ratio,
+            predicted=predicted / times.base,
+            batch_size=len(watch.inputs),
+            device=described(watch.device),
+            dtype=str(watch.inputs.dtype).removeprefix("torch."),
+            attempts=[*(earlier.ratio for _, earlier in tried), ratio],
+        )
+        tried.append((choice, latency))
+        unlimited = latency.off < 0 and predicted < (1 - CLOSE) * allowed  # what is left would not be used
+        if abs(latency.off) <= CLOSE or unlimited or len(tried) > CORRECTIONS:
+            break
+        promised, kept = 1 - predicted / times.base, 1 - ratio
+        share = kept / promised if promised > 0 and kept > 0 else 0.5
+        corrected = max(times.base * (1 - (1 - wanted) / max(share, 0.25)), 1.001 * floor)
+        if corrected == allowed:
+            break
+        allowed = corrected
+    choice, best = min(tried, key=lambda each: abs(each[1].off))
+    return choice, best.model_copy(update={"attempts": tried[-1][1].attempts})
+
+
+__all__ = ["Stopwatch", "choose_in_time", "parse_latency"]

@@ -1,0 +1,136 @@
+"""What every option takes in time on a device: a second budget, as additive as FLOPs are."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..errors import InvalidCheckpoint
+from ..files import write_text
+from ..options import Option
+from ..plan import Shorten
+from ..settings import Setting
+from .solve import Limit
+
+
+class Timetable(BaseModel):
+    """Times of modules, by geometry: what was measured once on a device serves every model with such modules.
+
+    Args:
+        device: where, and with what: name, threads, versions.
+        entries: {hash of what was timed and of what it took turns with: ratio of the times}.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    device: str
+    entries: dict[str, float] = {}
+
+    @classmethod
+    def of(cls, device: torch.device, path: str | os.PathLike[str] | None = None) -> Timetable:
+        """An empty one, or what an earlier run wrote for the same device.
+
+        Raises:
+            InvalidCheckpoint: the file is no timetable.
+        """
+        here = cls(device=described(device))
+        if path is None or not Path(path).is_file():
+            return here
+        try:
+            known = cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
+        except (ValidationError, UnicodeDecodeError) as error:
+            raise InvalidCheckpoint(
+                str(path), "a file that is no timetable", "what an earlier run wrote there",
+                "Delete it, or name another file.",
+            ) from error  # fmt: skip
+        return known if known.device == here.device else here
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it, atomically."""
+        write_text(path, self.model_dump_json(indent=1) + "\n")
+
+
+def described(device: torch.device) -> str:
+    """What times on a device depend on beside the modules."""
+    if device.type == "cuda":
+        name = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+    else:
+        name = f"{device.type} ({os.cpu_count()} cores, {torch.get_num_threads()} threads)"
+    return f"{name}, torch {torch.__version__}"
+
+
+@dataclass(frozen=True)
+class SiteTimes:
+    """Seconds of every option and setting of one network.
+
+    Args:
+        base: of the whole original.
+        hosts: {site path: of its module}.
+        options: {(site path, option name, tokens it sees or None): of it}.
+        beside: {site path: of what stands beside it in its residual line}, of sites in a stream.
+        tokens: {site path: how many it sees in the network as it is}, of the same.
+        drops: {(patches before, patches after): of merging them, and restoring the grid}.
+        table: all that was measured, for further runs.
+    """
+
+    base: float
+    hosts: dict[str, float]
+    options: dict[tuple[str, str, int | None], float]
+    beside: dict[str, float] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    drops: dict[tuple[int, int], float] = field(default_factory=dict)
+    table: Timetable | None = field(default=None, repr=False)
+
+    def of(self, option: Option) -> float:
+        return self.options[option.site, option.name, option.tokens]
+
+    def of_setting(self, setting: Setting) -> float:
+        return 0.0 if setting.option is None else self._merging(setting.option(), setting.tokens)
+
+    def _merging(self, merged: Option, tokens: Mapping[str, int]) -> float:
+        """Seconds of merging, less what the norms of the blocks save on fewer tokens."""
+        saved = sum(self.beside[path] * (1 - count / self.tokens[path]) for path, count in tokens.items())
+        return sum(self.drops[pair] for pair in steps(merged)) - saved
+
+    def limit(self, sites: Iterable[str], most: float) -> Limit:
+        """As a budget of the solver.
+
+        Args:
+            sites: paths of the sites that have options.
+            most: seconds allowed.
+        """
+        known: dict[int, float] = {}
+
+        def of_setting(setting: Setting) -> float:
+            if id(setting) not in known:
+                known[id(setting)] = self.of_setting(setting)
+            return known[id(setting)]
+
+        return Limit(self.of, of_setting, self.base - sum(self.hosts[path] for path in sites), most)
+
+    def total(self, choices: Mapping[str, Option]) -> float:
+        """Seconds of the network in which these options were chosen."""
+        found = self.base
+        for path, option in choices.items():
+            if path in self.hosts:
+                found += self.of(option) - self.hosts[path]
+            else:
+                tokens = {path: other.tokens for path, other in choices.items() if other.tokens is not None}
+                found += self._merging(option, tokens)
+        return found
+
+
+def steps(merged: Option) -> list[tuple[int, int]]:
+    """(patches before, patches after) of every drop."""
+    (edit,) = merged.edits
+    assert isinstance(edit, Shorten)
+    return list(pairwise([edit.spec.count, *(drop.keep for drop in edit.spec.drops)]))
+
+
+__all__ = ["SiteTimes", "Timetable", "described", "steps"]

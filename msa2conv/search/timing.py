@@ -1,0 +1,272 @@
+"""Time what may be chosen, module by module.
+
+Modules are timed by themselves, at the batch size that counts, on inputs caught in a forward pass of the network. All
+that is kept are ratios of calls that took turns: of a site's module to the network, and of its options to the module;
+so that a machine that is slower at one time than at another does not matter. Sites of one geometry share their times,
+and of options that differ in one size only (hidden units, for example) a few are measured and the others interpolated
+in their FLOPs.
+
+Shape suffixes: B batch, N tokens, C channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..options import Option
+from ..plan import Edit, Replace, Slice, Wrap
+from ..settings import Setting, on_tokens
+from ..sites import AttentionSite, Claims, Site, StreamSite
+from ..stopwatch import interleaved
+from ..stream import Drop, Line, Stream
+from ..transforms.lift import edited
+from .timetable import SiteTimes, Timetable, steps
+
+_CURVE = 7  # so many options that differ in one size only are all measured; of more, `_POINTS`
+_POINTS = 5
+
+
+def measure_times(
+    model: nn.Module,
+    claims: Claims,
+    options: Mapping[str, Sequence[Option]],
+    settings: Sequence[Setting],
+    inputs: Tensor,
+    *,
+    table: Timetable,
+    rounds: int = 9,
+    progress: bool = True,
+) -> SiteTimes:
+    """Time what may be chosen.
+
+    Args:
+        model: the original as it will run: in eval mode, on the device, in its dtype.
+        claims: its sites.
+        options, settings: what may be chosen.
+        inputs: a batch of the size that counts, on the device.
+        table: what is known already.
+        rounds: samples of each module.
+        progress: show bars.
+    """
+    sites = {site.path: site for site in claims.sites if site.path in options}
+    merging = claims.stream if any(setting.option for setting in settings) else None
+    blocks = [] if merging is None else [f"{merging.path}.{name}" for name, _, _ in merging.blocks]
+    caught = _catch(model, ["", *sites, *blocks], inputs)
+    bench = _Bench(table, inputs.device, rounds, progress, [str(inputs.dtype), *map(str, inputs.shape)])
+    parts = {caught[path].key: partial(_called, model, path, caught[path]) for path in ("", *sites, *blocks)}
+    whole = caught[""].key
+    shares = bench.ratios(whole, parts)
+    base = bench.seconds(parts[whole])
+    hosts = {path: base * shares[caught[path].key] for path in sites}
+    alike: dict[str, list[str]] = {}
+    for path in sites:
+        alike.setdefault(caught[path].key, []).append(path)
+    found: dict[tuple[str, str, int | None], float] = {}
+    for paths in alike.values():
+        group = [
+            (path, option)
+            for path in paths
+            for tokens in {None, *(setting.tokens.get(path) for setting in settings)}
+            for option in on_tokens(options[path], tokens)
+        ]
+        ratios = _options(bench, model, claims, sites, caught, paths[0], group)
+        for path, option in group:
+            found[path, option.name, option.tokens] = hosts[path] * ratios[_signature(sites[path], option)]
+    if merging is None:
+        return SiteTimes(base, hosts, found, table=bench.table)
+    beside: dict[str, float] = {}
+    for block, (_, *inner) in zip(blocks, merging.blocks, strict=True):  # half of the rest on the account of each
+        rest = base * shares[caught[block].key] - sum(hosts[path] for path in inner)
+        beside |= dict.fromkeys(inner, max(0.0, rest) / 2)
+    drops = _drops(bench, model, merging, settings, caught, hosts)
+    return SiteTimes(base, hosts, found, beside, merging.tokens(()), drops, bench.table)
+
+
+@dataclass(frozen=True)
+class _Caught:
+    """How a module was called; `key` is its geometry."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    key: str
+
+
+def _catch(model: nn.Module, paths: Iterable[str], inputs: Tensor) -> dict[str, _Caught]:
+    found: dict[str, _Caught] = {}
+    kept: dict[str, _Caught] = {}  # one set of tensors for every geometry
+
+    def keep(path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        heads = [value for name, value in sorted(vars(module).items()) if isinstance(value, int) and name != "training"]
+        shapes = [(name, _shape(value)) for name, value in (*enumerate(args), *sorted(kwargs.items()))]
+        key = json.dumps([repr(module), heads, str(shapes)])
+        found[path] = kept.setdefault(key, _Caught(args, kwargs, key))
+
+    handles = [
+        model.get_submodule(path).register_forward_pre_hook(
+            lambda module, args, kwargs, path=path: keep(path, module, args, kwargs), with_kwargs=True
+        )
+        for path in dict.fromkeys(paths)
+    ]
+    try:
+        with torch.no_grad():
+            model(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _shape(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return tuple(value.shape), str(value.dtype)
+    return [_shape(each) for each in value] if isinstance(value, (tuple, list)) else repr(value)
+
+
+_AS_IT_IS = json.dumps([None, []])  # the signature of the host
+Ready = Callable[[], Callable[[], Any]]  # makes a call ready, once it is known that it is needed
+
+
+class _Bench:
+    """Times calls in turn, unless that was done before."""
+
+    def __init__(self, table: Timetable, device: torch.device, rounds: int, progress: bool, context: list[str]) -> None:
+        self.device, self.entries = table.device, dict(table.entries)
+        self.where, self.rounds, self.progress, self.context = device, rounds, progress, context
+
+    @property
+    def table(self) -> Timetable:
+        return Timetable(device=self.device, entries=self.entries)
+
+    def ratios(self, anchor: str, calls: Mapping[str, Ready], where: str = "") -> dict[str, float]:
+        """Times of calls over that of one of them, `anchor`."""
+        texts = {name: json.dumps([*self.context, where, anchor, name]) for name in calls}
+        keys = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+        missing = {name: calls[name]() for name, key in keys.items() if key not in self.entries}
+        if missing:
+            missing[anchor] = calls[anchor]()
+            samples = interleaved(missing, self.where, self.rounds, what="time modules", progress=self.progress)
+            self.entries |= {keys[name]: samples.ratio(name, anchor) for name in missing}
+        return {name: self.entries[key] for name, key in keys.items()}
+
+    def seconds(self, call: Ready) -> float:
+        """Of one call, now."""
+        samples = interleaved({"": call()}, self.where, self.rounds, what="time", progress=self.progress)
+        return samples.timing("").seconds
+
+
+def _called(model: nn.Module, path: str, call: _Caught) -> Callable[[], Any]:
+    return partial(model.get_submodule(path), *call.args, **call.kwargs)
+
+
+def _options(
+    bench: _Bench,
+    model: nn.Module,
+    claims: Claims,
+    sites: Mapping[str, Site],
+    caught: Mapping[str, _Caught],
+    first: str,
+    group: Sequence[tuple[str, Option]],
+) -> dict[str, float]:
+    """{signature: time over the host's} of the options of sites of the geometry of the `first`."""
+    distinct = {_signature(sites[path], option): (path, option) for path, option in group}
+    curves: dict[str, list[str]] = {}
+    for signature, (path, option) in distinct.items():
+        curves.setdefault(_signature(sites[path], option, sizes=False), []).append(signature)
+    picked: list[str] = []
+    for signatures in curves.values():
+        signatures.sort(key=lambda signature: distinct[signature][1].flops)
+        if len(signatures) > _CURVE:
+            places = np.linspace(0, len(signatures) - 1, _POINTS).round().astype(int)
+            signatures = [signatures[place] for place in places]
+        picked += signatures
+    calls: dict[str, Ready] = {}
+    for signature in picked:
+        path, option = distinct[signature]
+        calls[signature] = partial(_ready, model, claims, sites[path], caught[path], option)
+    calls[_AS_IT_IS] = partial(_called, model, first, caught[first])
+    ratios = bench.ratios(_AS_IT_IS, calls, caught[first].key)
+    for signatures in curves.values():
+        known = [signature for signature in signatures if signature in ratios]
+        flops = [distinct[signature][1].flops for signature in known]
+        for signature in signatures:
+            if signature not in ratios:
+                at = distinct[signature][1].flops
+                ratios[signature] = float(np.interp(at, flops, [ratios[each] for each in known]))
+    return ratios
+
+
+def _ready(model: nn.Module, claims: Claims, site: Site, call: _Caught, option: Option) -> Callable[[], Any]:
+    """The module that an option leaves at a site, as it is called there."""
+    host = model.get_submodule(site.path)
+    module = edited(host, site.path, option.edits).to(next(host.parameters()))
+    if option.tokens is None:
+        return partial(module, *call.args, **call.kwargs)
+    assert claims.stream is not None
+    stream = claims.stream.stream
+    line = stream.attention if isinstance(site, AttentionSite) else stream.ffn
+    x = call.args[0][:, : option.tokens].contiguous()
+    more: dict[str, Any] = dict(line.given) | dict.fromkeys(line.again, x)
+    if stream.sizes is not None and isinstance(site, AttentionSite):
+        more[stream.sizes.argument] = stream.sizes.mask(torch.ones_like(x[..., 0]))
+    return partial(module, x, **more)
+
+
+def _signature(site: Site, option: Option, sizes: bool = True) -> str:
+    """What the time of an option depends on; without sizes: what it shares with those that differ in these only."""
+    return json.dumps([option.tokens, [_edit(site, edit, sizes) for edit in option.edits]])
+
+
+def _edit(site: Site, edit: Edit, sizes: bool) -> Any:
+    path = edit.path.removeprefix(site.path)
+    if isinstance(edit, Replace):
+        return ["replace", path, edit.spec.model_dump(mode="json") if sizes else edit.spec.kind]
+    if isinstance(edit, Wrap):
+        return ["wrap", path, edit.spec.model_dump(mode="json")]
+    if isinstance(edit, Slice):
+        return ["slice", path, edit.dim, sum(stop - start for start, stop in edit.kept) if sizes else 0]
+    return [type(edit).__name__, path, str(getattr(edit, "value", "")) if sizes else 0]
+
+
+def _drops(
+    bench: _Bench,
+    model: nn.Module,
+    stream: StreamSite,
+    settings: Sequence[Setting],
+    caught: Mapping[str, _Caught],
+    hosts: Mapping[str, float],
+) -> dict[tuple[int, int], float]:
+    """Seconds of merging so many patches of a group into so many, and of restoring the grid."""
+    pairs = {pair for setting in settings if setting.option is not None for pair in steps(setting.option())}
+    first = stream.blocks[0][1]
+    tokens = caught[first].args[0]
+    calls: dict[str, Ready] = {str(pair): partial(_ready_to_drop, stream.stream, *pair, tokens) for pair in pairs}
+    calls[_AS_IT_IS] = partial(_called, model, first, caught[first])
+    text = f"merging {stream.stream.prefix} {stream.stream.groups} {caught[first].key}"
+    ratios = bench.ratios(_AS_IT_IS, calls, text)
+    return {pair: hosts[first] * ratios[str(pair)] for pair in pairs}
+
+
+def _ready_to_drop(stream: Stream, before: int, after: int, x_BNC: Tensor) -> Callable[[], Any]:
+    """A stream of one block that does nothing but merge."""
+    nothing = nn.Module()
+    nothing.add_module("nothing", nn.Identity())
+    line = Line(module="nothing")
+    spec = Stream(
+        attention=line, ffn=line, prefix=stream.prefix, groups=stream.groups, count=before,
+        drops=(Drop(block="0", keep=after),),
+    )  # fmt: skip
+    x = x_BNC[:, : spec.tokens].contiguous()
+    return partial(spec.build(nn.Sequential(OrderedDict([("0", nothing)]))), x)
+
+
+__all__ = ["measure_times"]

@@ -1,0 +1,107 @@
+"""What options take in time: sums over modules are what a network takes, on a clock that counts operators."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from clock import Clock, seconds, use
+from models import images, swin, vit
+from torch import nn
+
+import msa2conv
+from msa2conv import Calibration, Option
+from msa2conv.errors import InvalidCheckpoint
+from msa2conv.search.timetable import SiteTimes, Timetable
+from msa2conv.search.timing import measure_times
+from msa2conv.settings import inside
+
+DEVICE = torch.device("cpu")
+WIDE = {"embed_dim": 96, "img_size": 64}  # modules that take longer than the operators around them
+
+
+def timed(model: nn.Module, calibration: Calibration, batch: int = 2, table: Timetable | None = None) -> SiteTimes:
+    size = msa2conv.inspect(model).input_size
+    return measure_times(
+        model,
+        msa2conv.inspect(model).claims,
+        calibration.options(),
+        calibration.settings(),
+        torch.randn(batch, *size),
+        table=table or Timetable(device="a clock"),
+        progress=False,
+    )
+
+
+def network(model: nn.Module, choices: dict[str, Option]) -> nn.Module:
+    plan, tensors = msa2conv.make_plan(model, msa2conv.inspect(model), choices)
+    return msa2conv.apply(plan, model, tensors)
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_a_network_takes_what_its_modules_take(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, Clock())
+    model = vit(**WIDE) if name == "vit" else swin()
+    size = msa2conv.inspect(model).input_size
+    calibration = msa2conv.calibrate(model, images(16, size[-1]), levers="all", progress=False)
+    times, chance = timed(model, calibration), random.Random(0)
+    inputs = torch.randn(2, *size)
+    assert times.base == pytest.approx(seconds(lambda: model(inputs)))
+    for setting in chance.sample(calibration.settings(), min(6, len(calibration.settings()))):
+        choices = {path: chance.choice(options) for path, options in inside(setting, calibration.options()).items()}
+        expected = times.base + sum(times.of(option) - times.hosts[path] for path, option in choices.items())
+        expected += times.of_setting(setting)
+        if setting.option is not None:
+            merged = setting.option()
+            choices[merged.site] = merged
+        assert times.total(choices) == pytest.approx(expected)
+        hybrid = network(model, choices)
+        assert times.total(choices) == pytest.approx(seconds(lambda hybrid=hybrid: hybrid(inputs)), rel=0.05)
+
+
+def test_alike_sites_share_times_and_a_few_widths_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = vit(depth=4)
+    calibration = msa2conv.calibrate(model, images(), levers="ffn", progress=False)
+    clock = use(monkeypatch, Clock())
+    times = timed(model, calibration)
+    options = calibration.options()
+    widths = options["blocks.0.mlp"]
+    assert len(widths) > 7
+    modules = [name for name in clock.timed if name.startswith("[")]
+    assert len([name for name in modules if "slice" in name]) == 5, "of all widths in all blocks"
+    for index in range(4):
+        found = [times.of(option) for option in options[f"blocks.{index}.mlp"]]
+        assert found == [times.of(option) for option in widths]
+    in_order = sorted(widths, key=lambda option: option.flops)
+    assert [times.of(option) for option in in_order] == sorted(times.of(option) for option in widths)
+
+
+def test_what_was_timed_once_is_not_timed_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model, path = vit(), tmp_path / "times.json"
+    calibration = msa2conv.calibrate(model, images(), levers=("mixer", "merge_tokens"), progress=False)
+    clock = use(monkeypatch, Clock())
+    first = timed(model, calibration)
+    assert first.table is not None
+    first.table.model_copy(update={"device": Timetable.of(DEVICE).device}).save(path)
+    clock.timed.clear()
+    second = timed(vit(), calibration, table=Timetable.of(DEVICE, path))
+    assert clock.timed == [""], "only how fast the machine is now"
+    assert (second.hosts, second.options, second.drops) == (first.hosts, first.options, first.drops)
+    timed(vit(), calibration, batch=3, table=Timetable.of(DEVICE, path))
+    assert len(clock.timed) > 10, "another batch is another time"
+
+
+def test_times_of_another_device_are_not_used_and_other_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "times.json"
+    Timetable(device="another", entries={"x": 1.0}).save(path)
+    assert Timetable.of(DEVICE, path).entries == {}
+    assert Timetable.of(DEVICE, tmp_path / "none.json").entries == {}
+    path.write_text("[1, 2]")
+    with pytest.raises(InvalidCheckpoint) as caught:
+        Timetable.of(DEVICE, path)
+    assert str(caught.value) == (
+        f"{path}: found a file that is no timetable; expected what an earlier run wrote there. "
+        "Delete it, or name another file."
+    )
