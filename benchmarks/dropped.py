@@ -1,11 +1,9 @@
-"""Ideas that did not earn their place: what they cost in accuracy beside what is there. Without any training.
+"""Ideas beside what is there: what they cost in accuracy, without any training. Most did not earn their place.
 
     python -m benchmarks.dropped --weights vit_tiny_patch16_224.safetensors --photos imagenet_photos650.npz
 
-depthwise: an attention keeps W_v and W_o; a 3x3 convolution of each channel, its mean over the patches, the class
-token's value and a constant (twelve unknowns a channel, ridge in closed form) stand for its averaging. Class tokens
-keep their exact attention. One block at a time, beside the candidates of the lever `mixer`, whose class tokens do the
-same. A 5x5 convolution of one head's width stands beside them; other widths are in benchmarks/ablations.py.
+attention: every candidate of the lever `mixer`, also those that are not in use by default, one block at a time. Other
+widths of bottlenecks are in benchmarks/ablations.py.
 
 width: channels of the residual stream go, the weakest first: by the norm of all weights that read or write them, or by
 what occurs there (the second moment behind the norms times the norm of the weights that read it).
@@ -29,51 +27,7 @@ from msa2conv.search.measure import distance, outputs
 
 from .common import packed_photos, split, vit_tiny, write
 
-SIDE = 14
-
-
-class Depthwise(nn.Module):
-    """An attention of timm whose patches are averaged by `taps` [12, C] instead of by a softmax."""
-
-    def __init__(self, host: Any, taps_PC: Tensor) -> None:
-        super().__init__()
-        self.host, self.taps_PC = host, taps_PC
-
-    def forward(self, x: Tensor, **_: Any) -> Tensor:
-        exact_BNC, value_BNC = averaged(self.host, x)
-        mixed_BNC = torch.einsum("bnpc,pc->bnc", features(value_BNC), self.taps_PC)
-        return self.host.proj(torch.cat((exact_BNC[:, :1], mixed_BNC), 1))  # type: ignore[no-any-return]
-
-
-def averaged(host: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What the output projection reads, and the values [B, N, C]."""
-    batch, count, dim = x.shape
-    q, k, v = host.qkv(x).reshape(batch, count, 3, host.num_heads, -1).permute(2, 0, 3, 1, 4)
-    found = F.scaled_dot_product_attention(q, k, v)
-    return found.transpose(1, 2).reshape(batch, count, dim), v.transpose(1, 2).reshape(batch, count, dim)
-
-
-def features(value_BNC: Tensor) -> Tensor:
-    """Of every patch and channel: nine neighbours, the mean of the patches, the class token, one -> [B, N, 12, C]."""
-    batch, _, dim = value_BNC.shape
-    patches = value_BNC[:, 1:]
-    maps = patches.transpose(1, 2).reshape(batch, dim, SIDE, SIDE)
-    near = F.unfold(maps, 3, padding=1).reshape(batch, dim, 9, -1).permute(0, 3, 2, 1)
-    rest = (patches.mean(1), value_BNC[:, 0], torch.ones_like(value_BNC[:, 0]))
-    return torch.cat((near, *(part[:, None, None].expand(-1, near.shape[1], 1, -1) for part in rest)), 2)
-
-
-@torch.no_grad()
-def fitted(host: Any, inputs: Tensor, ridge: float = 1e-3) -> Depthwise:
-    """The ridge regression of every channel."""
-    grams, crosses = 0.0, 0.0
-    for x in inputs.split(16):
-        exact_BNC, value_BNC = averaged(host, x)
-        found = features(value_BNC).double()
-        grams = grams + torch.einsum("bnpc,bnqc->cpq", found, found)
-        crosses = crosses + torch.einsum("bnpc,bnc->cp", found, exact_BNC[:, 1:].double())
-    floor = ridge * grams.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(12)  # type: ignore[attr-defined]
-    return Depthwise(host, torch.linalg.solve(grams + floor, crosses).T.float())
+OPS = ("skip", "constant", "global", "conv1x1", "conv3x3", "conv5x5", "depthwise3x3", "depthwise5x5", "depthwise7x7")
 
 
 class Narrow(nn.Module):
@@ -130,26 +84,19 @@ def main() -> None:
     fit, rest = split(len(images), args.images, args.seed)
     photos, held_out = images[fit], images[rest[: args.images]]
     reference = outputs(model, held_out)
-    mixer = msa2conv.Mixer(ops=("skip", "constant", "global", "conv1x1", "conv3x3", "conv5x5"))
-    every = msa2conv.calibrate(model, photos, levers=mixer, seed=args.seed).options()
+    every = msa2conv.calibrate(model, photos, levers=msa2conv.Mixer(ops=OPS), seed=args.seed).options()
     seen = msa2conv.inspect(model)
     rows: list[dict[str, Any]] = []
-    for index, block in enumerate(model.blocks):
-        path, host = f"blocks.{index}.attn", block.attn
-        inputs: list[Tensor] = []
-        handle = host.register_forward_pre_hook(lambda _m, a, inputs=inputs: inputs.append(a[0]))
-        outputs(model, photos)
-        handle.remove()
-        row: dict[str, Any] = {"what": f"attention {index}"}
+    for index in range(len(model.blocks)):
+        path, row = f"blocks.{index}.attn", {"what": f"attention {index}"}
         for option in every[path]:
             if option.edits:
                 plan, tensors = msa2conv.make_plan(model, seen, {path: option})
                 row[option.name] = kl(msa2conv.apply(plan, model, tensors), held_out, reference)
-        block.attn = fitted(host, torch.cat(inputs))
-        row["depthwise on V"] = kl(model, held_out, reference)
-        block.attn = host
         rows.append(row)
         print(row, flush=True)
+    saved = {option.name: option.flops / seen.costs.hosts[option.site] for option in every["blocks.0.attn"]}
+    rows.append({"what": "FLOPs / attention"} | {name: f"{saved[name]:.0%}" for name in OPS if name in saved})
     for share in (0.95, 0.9, 0.8):
         row = {"what": f"{share:.0%} of the width"}
         row["by weights"] = kl(narrowed(model, share, None), held_out, reference)

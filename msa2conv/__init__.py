@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         make_plan as make_plan,
     )
     from .cost import CostModel as CostModel, count_flops as count_flops
+    from .exporting import export_onnx as export_onnx, export_program as export_program
     from .folding import fold_norms as fold_norms
     from .gate_search import Search as Search, prepare as prepare
     from .gate_training import train_gates as train_gates
@@ -76,6 +77,8 @@ _WHERE = {
     "count_flops": "cost",
     "distill": "train.distill",
     "discover": "inspection",
+    "export_onnx": "exporting",
+    "export_program": "exporting",
     "find_sites": "adapters.base",
     "finetune": "train.finetune",
     "fold_norms": "folding",

@@ -98,5 +98,9 @@ class WeightsUnavailable(Msa2ConvError, RuntimeError):
     """Pretrained weights could not be had (offline, or none exist)."""
 
 
+class ExportFailed(Msa2ConvError, RuntimeError):
+    """A model cannot be exported, or what was exported answers otherwise."""
+
+
 class LawViolation(Msa2ConvError, RuntimeError):
     """A guarantee of msa2conv does not hold on this model: a bug, or a model that an adapter misread."""

@@ -96,7 +96,7 @@ class Merged(Standin):
         x, given = self._bind(args, kwargs)
         spec = self.spec
         prefix_BPC, patches_BNC = self._split(x)
-        batch, channels = len(patches_BNC), patches_BNC.shape[-1]
+        batch, _, channels = patches_BNC.shape  # len() would make a number of a batch of any size
         grouped_BMC = patches_BNC.reshape(batch * spec.groups, spec.count, channels)
         index_BM, sums_BKC, size_BK = match(grouped_BMC, self.schedule, self.watch)
         merged_BNC = (sums_BKC / size_BK[..., None]).reshape(batch, -1, channels)
@@ -194,7 +194,7 @@ def match(tokens_BMC: Tensor, schedule: Sequence[Round], watch: Watch | None = N
         index_BM: which of the tokens that are left stands for each; sums_BKC: the sum of those it stands for; size_BK:
         how many these are.
     """
-    batch, sums_BMC, index_BM = len(tokens_BMC), tokens_BMC, None
+    batch, sums_BMC, index_BM = tokens_BMC.shape[0], tokens_BMC, None
     half = torch.arange(schedule[0][0], device=tokens_BMC.device) // 2  # 0 0 1 1 2 2 ...
     for count, going in schedule:
         # Cosines of sums, which point where the means do; a sender's own length does not change its choice.

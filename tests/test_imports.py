@@ -36,6 +36,7 @@ RANKS = [
     ("latency",),
     ("train",),
     ("conversion", "inspection"),
+    ("exporting",),
     ("train.lessons", "train.trainer", "train.finetune", "train.head", "folding"),
     ("gate_search", "gate_training"),
     ("spvit",),
@@ -59,6 +60,8 @@ ONLY_IN = {
     "rich": ("cli", "__main__"),
     "datasets": ("data",),
     "yaml": ("train",),
+    "onnx": ("exporting",),
+    "onnxruntime": ("exporting",),
 }
 
 

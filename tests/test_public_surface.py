@@ -39,6 +39,8 @@ NAMES = [
     "discover",
     "distill",
     "errors",
+    "export_onnx",
+    "export_program",
     "find_sites",
     "finetune",
     "fold_norms",

@@ -1,4 +1,4 @@
-"""The command line: inspect, convert, sweep, finetune, train, eval. Thin over the public functions."""
+"""The command line: inspect, convert, sweep, finetune, train, export, eval. Thin over the public functions."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from ..adapters.build import create, preprocessing
 from ..cost import count_flops
 from ..data import image_folder, transform
 from ..data.sources import images_at
-from ..errors import InvalidOutputPath
+from ..errors import InvalidArgument, InvalidOutputPath
 from ..evaluate import Accuracy, evaluate, latency
+from ..exporting import export_onnx, export_program
 from ..files import check_writable
 from ..plan import Preprocessing, parameter_count
 from ..search.calibrate import Calibration
@@ -169,6 +170,28 @@ def sweep(
 
 app.command()(finetune)
 app.command()(train)
+
+
+@app.command()
+def export(
+    path: Annotated[Path, typer.Argument(help="Folder or file written by `msa2conv convert`.")],
+    onnx: Annotated[Path | None, typer.Option(help="File to write for onnxruntime, TensorRT, OpenVINO...")] = None,
+    program: Annotated[Path | None, typer.Option(help="File (.pt2) to write for torch.export.load.")] = None,
+    dynamic_batch: Annotated[bool, typer.Option(help="Let the batch have any size, not one image.")] = False,
+    fp16: Annotated[bool, typer.Option(help="ONNX in half precision.")] = False,
+    opset: Annotated[int | None, typer.Option(help="Of ONNX; default: PyTorch's choice.")] = None,
+) -> None:
+    """Write a hybrid as ONNX or as a PyTorch program, neither of which needs msa2conv, and check it on photos."""
+    if onnx is None and program is None:
+        raise InvalidArgument(
+            "export", "neither --onnx nor --program", "a file to write", "For example --onnx out.onnx."
+        )
+    hybrid, size = load(path), read_plan(path).base.input_size
+    example = torch.zeros(1, *size)
+    if onnx is not None:
+        show(export_onnx(hybrid, onnx, example_inputs=example, dynamic_batch=dynamic_batch, half=fp16, opset=opset))
+    if program is not None:
+        show(export_program(hybrid, program, example_inputs=example, dynamic_batch=dynamic_batch))
 
 
 @app.command(name="eval")
