@@ -37,8 +37,9 @@ from msa2conv.adapters.build import example_size
 from msa2conv.adapters.trial import displaced
 from msa2conv.errors import Msa2ConvError, NoSitesFound
 from msa2conv.levers import FFN, Mixer
+from msa2conv.observation import observe
 from msa2conv.search.measure import tensor_of
-from msa2conv.sites import AttentionSite, Claims, observe
+from msa2conv.sites import AttentionSite, Claims
 from msa2conv.workbench import working_copy
 
 from .common import write

@@ -33,12 +33,13 @@ if TYPE_CHECKING:
         Mixer as Mixer,
         ThinAttention as ThinAttention,
     )
+    from .observation import observe as observe
     from .options import Option as Option
     from .plan import Plan as Plan
     from .search.calibrate import Calibration as Calibration
     from .search.gates import Gates as Gates
     from .search.solve import solve as solve
-    from .sites import AttentionSite as AttentionSite, Claims as Claims, FFNSite as FFNSite, observe as observe
+    from .sites import AttentionSite as AttentionSite, Claims as Claims, FFNSite as FFNSite
     from .storage import load as load, read_plan as read_plan, save as save
     from .tradeoff import Sweep as Sweep, sweep as sweep
     from .train.distill import distill as distill
@@ -86,7 +87,7 @@ _WHERE = {
     "lift": "transforms.lift",
     "load": "storage",
     "make_plan": "api",
-    "observe": "sites",
+    "observe": "observation",
     "prepare": "gate_search",
     "read_plan": "storage",
     "reset_head": "train.head",

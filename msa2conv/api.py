@@ -154,8 +154,9 @@ def convert(
             returned in half, any device and mode.
         flops_target: 0.7 (fraction), "70%", "3.3G" or 3.3e9: multiply-adds of one forward pass at batch 1.
         latency_target: 0.7 (fraction of the original's time), "70%", "4ms" or "800us": of a forward pass with
-            `batch_size` images, in the model's dtype. Every option is timed on the device, the same exact solver
-            decides, and the hybrid is measured with the original in turn and corrected at most three times.
+            `batch_size` images, in the model's dtype, not compiled. Every option is timed on the device, the same
+            exact solver decides, and the hybrid is measured with the original in turn and corrected at most three
+            times.
         device, batch_size: where and how the hybrid will run; by default where the model is, one image at a time.
         timetable: a file that keeps measured times, by device and geometry, so that further calls need none.
         data: calibration images, normalised as the model expects: an iterable of batches [b, C, H, W] or of tuples

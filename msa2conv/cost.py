@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from .errors import UncountedOperator
 from .merging import comparisons
+from .observation import Observation
 from .ops import IO, Attend, MixerSpec, TokenMixer
-from .sites import AttentionSite, FFNSite, Observation, Site, StreamSite
+from .sites import AttentionSite, FFNSite, Site, StreamSite
 from .stream import Drop
 from .transforms.apply import apply_edits
 from .transforms.lift import lift

@@ -17,13 +17,14 @@ from .errors import ArchitectureMismatch, InvalidArgument, NonFiniteValue, Searc
 from .inspection import Inspection, Levers, inspect_copy
 from .laws import LIFTING, LOWERING, check_costs, check_same
 from .levers import BY_GATES, FFN, Lever, Mixer, resolve_levers
+from .observation import check_finite_weights
 from .options import Option
 from .plan import Plan, Slice
 from .planning import make_plan
 from .search.gates import Budget, GateCosts, Gates, ffn_options, mixer_options, open_units, thresholded, window_layout
 from .search.measure import default_measure, distance, outputs
 from .search.solve import infeasible, solve
-from .sites import Claims, check_finite_weights
+from .sites import Claims
 from .targets import parse_target
 from .transforms.apply import apply, replace_submodule
 from .transforms.gates import Gate

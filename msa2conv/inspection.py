@@ -11,9 +11,9 @@ from .adapters.base import Adapter, find_sites
 from .adapters.discovery import Discovery, propose
 from .cost import CostModel
 from .levers import Lever, floor, resolve_levers
+from .observation import observe
 from .plan import parameter_count
 from .report.inspection import Inspection
-from .sites import observe
 from .transforms.heads import with_heads
 from .transforms.mergeable import with_merging
 from .transforms.streams import find_stream

@@ -27,7 +27,7 @@ from .workbench import usable_device
 CORRECTIONS = 3
 _ROUNDS = 15
 _TEXT = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(%|s|ms|us|µs)\s*", re.IGNORECASE)
-_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
+_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6}  # the sign micro, and the letter mu
 _ACCEPTED = "a fraction in (0, 1) of the original's time, or text such as '70%', '4ms' or '800us'"
 
 
@@ -45,6 +45,20 @@ def parse_latency(target: float | str, original: float | None = None) -> float:
         >>> parse_latency("70%", 0.010)
         0.007
     """
+    value, fraction = _read(target)
+    if original is None:
+        return 0.0
+    seconds = value * original if fraction else value
+    if seconds >= original:
+        raise InvalidTarget(
+            "latency_target", f"{target!r}", f"less than the original's {1e3 * original:.4g} ms on this device",
+            f"Ask for less, for example '{0.7e3 * original:.2g}ms' or 0.7.",
+        )  # fmt: skip
+    return seconds
+
+
+def _read(target: float | str) -> tuple[float, bool]:
+    """(number, whether it is a fraction of the original's time; else it is seconds)."""
     hint = "Write for example 0.7, '70%' or '4ms'."
     if isinstance(target, str):
         match = _TEXT.fullmatch(target)
@@ -60,15 +74,7 @@ def parse_latency(target: float | str, original: float | None = None) -> float:
         raise InvalidTarget("latency_target", type(target).__name__, _ACCEPTED, hint)
     if not value > 0 or (fraction and value >= 1):
         raise InvalidTarget("latency_target", repr(target), _ACCEPTED, hint)
-    if original is None:
-        return 0.0
-    seconds = value * original if fraction else value
-    if seconds >= original:
-        raise InvalidTarget(
-            "latency_target", f"{target!r}", f"less than the original's {1e3 * original:.4g} ms on this device",
-            f"Ask for less, for example '{0.7e3 * original:.2g}ms' or 0.7.",
-        )  # fmt: skip
-    return seconds
+    return value, fraction
 
 
 class Stopwatch:
@@ -164,7 +170,7 @@ def choose_in_time(
     Raises:
         InfeasibleBudget: the target lies below the floor of the calibration's options.
     """
-    sites, allowed = list(calibration.options()), parse_latency(target, times.base)
+    sites, allowed, (value, fraction) = list(calibration.options()), parse_latency(target, times.base), _read(target)
     floor = quickest(calibration.settings(), calibration.options(), times.limit(sites, allowed))
     tried: list[tuple[Choice, Latency]] = []
     while True:
@@ -172,7 +178,7 @@ def choose_in_time(
         choice = choose(work, calibration, flops, limit=limit, progress=watch.progress, output_fn=output_fn)
         samples, predicted = watch.beside(build(choice)), times.total(choice.choices)
         ratio, before = samples.ratio("hybrid", "original"), samples.timing("original")
-        wanted = parse_latency(target, before.seconds) / before.seconds
+        wanted = value if fraction else value / before.seconds
         latency = Latency(
             target=wanted * before.seconds,
             before=before,

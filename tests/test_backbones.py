@@ -19,11 +19,11 @@ from msa2conv.cost import count_flops
 from msa2conv.layouts import Layout
 from msa2conv.levers.merge_in_site import MergeRecord
 from msa2conv.merging import Merged
+from msa2conv.observation import tensor_in
 from msa2conv.ops import Skip
 from msa2conv.options import Option
 from msa2conv.report.inspection import Inspection
 from msa2conv.search.measure import tensor_of
-from msa2conv.sites import tensor_in
 from msa2conv.stream import Drop
 from msa2conv.transforms.apply import apply_edits, replace_submodule
 from msa2conv.workbench import working_copy

@@ -150,6 +150,15 @@ def test_the_same_command_means_the_same_random_weights(monkeypatch: pytest.Monk
     assert given[0] == given[1] != given[2]
 
 
+def test_export_writes_files_and_says_how_they_were_checked(converted: tuple[Path, str], tmp_path: Path) -> None:
+    onnx, program = tmp_path / "hybrid.onnx", tmp_path / "hybrid.pt2"
+    result = run(app, ["export", str(converted[0]), "--onnx", str(onnx), "--program", str(program)])
+    assert result.exit_code == 0, result.output
+    text = " ".join(result.output.split())
+    assert f"{onnx}: {onnx.stat().st_size / 1e6:.1f} MB; onnxruntime " in text and f"{program}: " in text
+    assert text.count("on 8 images") == 2
+
+
 def test_eval_puts_the_original_beside_the_hybrid(converted: tuple[Path, str], photos: Path, checkpoint: Path) -> None:
     out, _ = converted
     result = run(app, ["eval", str(out), "--images", str(photos), "--original", str(checkpoint), "--no-progress"])
@@ -177,6 +186,8 @@ def test_eval_warns_of_other_weights(converted: tuple[Path, str], photos: Path, 
         ([*CONVERT, "0.7", "--no-pretrained", "-o", "FILE/out"], errors.InvalidOutputPath, "output path"),
         ([*CONVERT, "0.7", "-o", "out.safetensors"], errors.InvalidOutputPath, "a folder, which gets the hybrid"),
         (["eval", "nowhere", "--images", "x"], errors.InvalidCheckpoint, "no file"),
+        (["export", "nowhere"], errors.InvalidArgument, "neither --onnx nor --program"),
+        (["export", "nowhere", "--onnx", "x.onnx"], errors.InvalidCheckpoint, "no file"),
     ],
 )  # fmt: skip
 def test_mistakes_are_typed_errors(arguments: list[str], kind: type[Exception], text: str, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ ROOT = Path(msa2conv.__file__).parent
 # A module may import modules of a lower rank, and modules of its own rank. The longest matching prefix counts.
 RANKS = [
     ("errors", "progress"),
-    ("layouts", "standin", "stopwatch"),
+    ("layouts", "standin", "stopwatch", "observation"),
     ("ops",),
     ("kernels", "merging"),
     ("stream",),

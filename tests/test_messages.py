@@ -44,6 +44,7 @@ from msa2conv import (
 from msa2conv.errors import (
     ArchitectureMismatch,
     ConflictingClaims,
+    ExportFailed,
     InfeasibleBudget,
     InvalidArgument,
     InvalidCalibrationData,
@@ -790,6 +791,25 @@ def test_datasets_that_are_not_there(refused: Refused, tmp_path: Path, monkeypat
     text = f"{tmp_path}: found a Hugging Face dataset; expected the package datasets. pip install datasets"
     with refused(MissingDependency, text):
         images_at(tmp_path, None)
+
+
+# -------------------------------------------------------------------------------------------------------- export
+
+
+def test_what_cannot_be_exported(tmp_path: Path, refused: Refused) -> None:
+    """More in test_exporting.py."""
+
+    class Branching(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if x.sum().item() > 0 else x
+
+    model = Branching(8, 8).eval()
+    text = (
+        "Branching: found that torch.export.export fails: …; expected a model that can be exported. Export the "
+        "original in the same way: where that fails too, the operator has to be avoided there."
+    )
+    with refused(ExportFailed, text, model):
+        msa2conv.export_program(model, tmp_path / "x.pt2", example_inputs=torch.zeros(1, 3, 8, 8))
 
 
 # ------------------------------------------------------------------------------- plans and calibrations of another

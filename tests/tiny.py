@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from msa2conv.layouts import Layout
+from msa2conv.observation import Observation
 from msa2conv.ops import IO
-from msa2conv.sites import AttentionSite, Claims, FFNSite, Observation, Projections, Rows, Units
+from msa2conv.sites import AttentionSite, Claims, FFNSite, Projections, Rows, Units
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "depth": 3, "num_classes": 10}
 SWIN = {"patch_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (3, 6), "window_size": 7, "num_classes": 10}

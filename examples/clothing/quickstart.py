@@ -34,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--flops", type=float, default=0.7)
     parser.add_argument("--distill-steps", type=int, default=0, help="also polish the hybrid, label-free")
+    parser.add_argument("--sweep", action="store_true", help="also plan other budgets, out of the same calibration")
     parser.add_argument("--out", type=Path, default=Path("out/clothing"))
     args = parser.parse_args()
     console = Console()
@@ -46,6 +47,10 @@ def main() -> None:
     console.rule("convert: no labels, no gradients; calibrated on photos shipped with msa2conv")
     plain = msa2conv.convert(model, args.flops)
     console.print(str(plain), highlight=False, soft_wrap=True)
+
+    if args.sweep:
+        console.rule("other budgets, out of the same calibration")
+        console.print(str(msa2conv.sweep(model, calibration=plain.calibration)), highlight=False, soft_wrap=True)
 
     models = {"original": model, "hybrid": plain.model}
     last = plain

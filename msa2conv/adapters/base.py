@@ -8,7 +8,8 @@ from typing import Protocol
 from torch import nn
 
 from ..errors import ConflictingClaims, NoSitesFound
-from ..sites import AttentionSite, Claims, Observation, Refusal, listed
+from ..observation import Observation
+from ..sites import AttentionSite, Claims, Refusal, listed
 
 NO_ATTENTION = "no attention module at all"
 

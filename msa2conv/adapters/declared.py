@@ -11,21 +11,9 @@ from pydantic import ValidationError
 from torch import nn
 
 from ..layouts import LONGEST, Layout, Size
+from ..observation import SAME, Observation, argument_names, takes_any_keyword
 from ..ops import IO
-from ..sites import (
-    SAME,
-    AttentionSite,
-    Claims,
-    FFNSite,
-    Observation,
-    Projections,
-    Refusal,
-    Rows,
-    Site,
-    Units,
-    argument_names,
-    takes_any_keyword,
-)
+from ..sites import AttentionSite, Claims, FFNSite, Projections, Refusal, Rows, Site, Units
 from ..transforms.groups import hidden_units
 from .geometry import Geometry, Place, Unknown, prefix_of
 from .paths import block_of

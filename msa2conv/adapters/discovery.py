@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import NoSitesFound
-from ..sites import SAME, AttentionSite, Given, Observation, Projections, Refusal, listed
+from ..observation import SAME, Given, Observation
+from ..sites import AttentionSite, Projections, Refusal, listed
 from ..transforms.groups import hidden_units
 from .declared import FFN, Attention, Declarations, Where, qkv, separate
 from .geometry import Geometry, Place, Unknown, channels_first, channels_last, tokens

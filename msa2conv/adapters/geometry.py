@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import LayoutMismatch
 from ..layouts import APART, SIDE_BY_SIDE, Layout, Size
-from ..sites import Call, Observation
+from ..observation import Call, Observation
 
 
 class Unknown(Exception):

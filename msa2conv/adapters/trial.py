@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..observation import tensor_in
 from ..ops import Skip
-from ..sites import AttentionSite, Projections, tensor_in
+from ..sites import AttentionSite, Projections
 from ..transforms.apply import replace_submodule
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]  # arguments of one call

@@ -129,7 +129,9 @@ def _catch(model: nn.Module, paths: Iterable[str], inputs: Tensor) -> dict[str, 
 def _shape(value: Any) -> Any:
     if isinstance(value, Tensor):
         return tuple(value.shape), str(value.dtype)
-    return [_shape(each) for each in value] if isinstance(value, (tuple, list)) else repr(value)
+    if isinstance(value, (tuple, list)):
+        return [_shape(each) for each in value]
+    return value if isinstance(value, (bool, int, float, str, type(None))) else type(value).__name__
 
 
 _AS_IT_IS = json.dumps([None, []])  # the signature of the host

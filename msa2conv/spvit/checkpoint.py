@@ -12,13 +12,14 @@ from ..conversion import Conversion, decided_report
 from ..errors import InvalidCheckpoint
 from ..kernels import Values, centre
 from ..laws import check_costs
+from ..observation import check_finite_weights
 from ..ops import Conv
 from ..options import Option
 from ..plan import Replace
 from ..planning import make_plan
 from ..report.inspection import Inspection
 from ..search.gates import Gates, mixer_option, width_option
-from ..sites import AttentionSite, FFNSite, check_finite_weights
+from ..sites import AttentionSite, FFNSite
 from ..transforms.apply import apply
 from ..transforms.gates import is_open
 from ..transforms.single_path import NAMES, Branch

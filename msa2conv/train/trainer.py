@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..conversion import Conversion, versions
 from ..errors import ArchitectureMismatch, InvalidArgument
 from ..files import read_state, write_state
+from ..observation import check_finite_weights
 from ..plan import Replace, weights_sha256
 from ..report.training import Training
-from ..sites import check_finite_weights
 from ..workbench import unwrap, working_copy
 from .data import Batches, classes_of
 from .fade import Fading, fade_in, fade_out

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..observation import Given, tensor_in
 from ..plan import Range
-from ..sites import Given, Unit, Units, tensor_in
+from ..sites import Unit, Units
 from .apply import apply_edits
 
 

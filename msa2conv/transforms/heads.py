@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..observation import Call, Given, Observation, tensor_in
 from ..plan import Range, ranges
-from ..sites import AttentionSite, Call, Given, HeadUnits, Observation, Site, tensor_in
+from ..sites import AttentionSite, HeadUnits, Site
 from .apply import apply_edits
 from .groups import random_copy
 from .mergeable import shapes_of

@@ -14,19 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..observation import SAME, Call, Given, Observation, argument_names, tensor_in
 from ..ops import IO, Arrangement, Sizes, arranged, as_sequence
-from ..sites import (
-    SAME,
-    AttentionSite,
-    Call,
-    FFNSite,
-    Given,
-    Merging,
-    Observation,
-    Site,
-    argument_names,
-    tensor_in,
-)
+from ..sites import AttentionSite, FFNSite, Merging, Site
 
 _CLOSE = 1e-4  # of the largest output
 _MOST = 256  # patches that are compared with each other

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..observation import Observation, argument_names, tensor_in
 from ..ops import Sizes
-from ..sites import AttentionSite, FFNSite, Observation, Site, StreamSite, argument_names, tensor_in
+from ..sites import AttentionSite, FFNSite, Site, StreamSite
 from ..stream import Drop, Line, MergedStream, Stream
 from .apply import replace_submodule
 from .mergeable import same

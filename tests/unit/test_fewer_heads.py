@@ -15,7 +15,8 @@ import msa2conv
 from msa2conv import Calibration, Conversion, ThinAttention
 from msa2conv.cost import count_flops
 from msa2conv.levers.fewer_heads import HeadStatistics
-from msa2conv.sites import AttentionSite, Call, HeadUnits
+from msa2conv.observation import Call
+from msa2conv.sites import AttentionSite, HeadUnits
 from msa2conv.transforms.apply import apply_edits
 from msa2conv.transforms.heads import head_units
 

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from msa2conv import FFN, Gates, Search
 from msa2conv.errors import NonFiniteValue
+from msa2conv.observation import Observation
 from msa2conv.ops import IdentityMixer
 from msa2conv.options import Option
 from msa2conv.search.gates import GateCosts
-from msa2conv.sites import AttentionSite, Claims, Observation
+from msa2conv.sites import AttentionSite, Claims
 from msa2conv.transforms.gates import Gate
 
 IMAGES = tiny.images("vit", 8)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from msa2conv.sites import Given, Unit, Units
+from msa2conv.observation import Given
+from msa2conv.sites import Unit, Units
 from msa2conv.transforms.apply import apply_edits
 from msa2conv.transforms.groups import hidden_units
 

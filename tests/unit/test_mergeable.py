@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 import msa2conv
 from msa2conv.layouts import Layout
+from msa2conv.observation import Observation, observe
 from msa2conv.ops import IO, Sizes
-from msa2conv.sites import AttentionSite, FFNSite, Observation, Site, Units, observe
+from msa2conv.sites import AttentionSite, FFNSite, Site, Units
 from msa2conv.transforms.mergeable import with_merging
 
 PLACES = "it treats patches differently by their places"

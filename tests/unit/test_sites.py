@@ -14,7 +14,7 @@ from torch import nn
 import msa2conv
 from msa2conv.adapters.paths import block_of
 from msa2conv.errors import ConflictingClaims, InvalidInput, NonFiniteValue, NoSitesFound
-from msa2conv.sites import observe
+from msa2conv.observation import observe
 
 
 def test_every_module_is_observed_once_and_no_hook_stays(case: Case) -> None:
