@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -173,6 +173,7 @@ def choose_in_time(
     sites, allowed, (value, fraction) = list(calibration.options()), parse_latency(target, times.base), _read(target)
     floor = quickest(calibration.settings(), calibration.options(), times.limit(sites, allowed))
     tried: list[tuple[Choice, Latency]] = []
+    measured: list[tuple[float, float]] = []
     while True:
         limit = times.limit(sites, allowed)
         choice = choose(work, calibration, flops, limit=limit, progress=watch.progress, output_fn=output_fn)
@@ -194,14 +195,32 @@ def choose_in_time(
         unlimited = latency.off < 0 and predicted < (1 - CLOSE) * allowed  # what is left would not be used
         if abs(latency.off) <= CLOSE or unlimited or len(tried) > CORRECTIONS:
             break
-        promised, kept = 1 - predicted / times.base, 1 - ratio
-        share = kept / promised if promised > 0 and kept > 0 else 0.5
-        corrected = max(times.base * (1 - (1 - wanted) / max(share, 0.25)), 1.001 * floor)
+        measured.append((allowed / times.base, ratio))
+        corrected = max(times.base * _corrected(measured, wanted), 1.001 * floor)
         if corrected == allowed:
             break
         allowed = corrected
-    choice, best = min(tried, key=lambda each: abs(each[1].off))
+    choice, best = min(tried, key=lambda each: (each[1].off > CLOSE, abs(each[1].off)))  # rather too fast than too slow
     return choice, best.model_copy(update={"attempts": tried[-1][1].attempts})
+
+
+def _corrected(measured: Sequence[tuple[float, float]], wanted: float) -> float:
+    """The share of the original's time to allow next.
+
+    Args:
+        measured: (share that the solver was allowed, share measured) of every attempt.
+        wanted: the share that is to be measured.
+    """
+    slower = [pair for pair in measured if pair[1] > wanted]
+    faster = [pair for pair in measured if pair[1] <= wanted]
+    if slower and faster:  # between the nearest two, but not right beside either
+        (most, high), (least, low) = min(slower), max(faster)
+        return least + min(0.8, max(0.2, (wanted - low) / (high - low))) * (most - least)
+    allowed, found = measured[-1]
+    slope = 1.0
+    if len(measured) > 1 and allowed != measured[-2][0]:
+        slope = min(2.0, max(0.25, (found - measured[-2][1]) / (allowed - measured[-2][0])))
+    return allowed + (wanted - found) / slope
 
 
 __all__ = ["Stopwatch", "choose_in_time", "parse_latency"]

@@ -55,6 +55,7 @@ def interleaved(
     device: torch.device,
     rounds: int = 15,
     *,
+    repeated: bool = True,
     what: str = "time",
     progress: bool = False,
 ) -> Samples:
@@ -64,6 +65,7 @@ def interleaved(
         calls: what to time.
         device: where it runs; waited for around every sample.
         rounds: samples of each call, after two that warm up.
+        repeated: let a sample of a quick call be the mean of several in a row; what it reads is then in a cache.
         what, progress: a bar.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -76,7 +78,7 @@ def interleaved(
                 call()
             _wait(device)
             seconds = (time.perf_counter() - started) / repeats[name]
-            if turn == WARM_UP - 1:
+            if turn == WARM_UP - 1 and repeated:
                 repeats[name] = max(1, min(_MOST_REPEATS, math.ceil(_AT_LEAST / max(seconds, 1e-9))))
             elif turn >= WARM_UP:
                 samples[name].append(seconds)

@@ -79,7 +79,7 @@ class Sweep:
         folder, rows = Path(path), []
         check_writable(folder / "sweep.json")
         for point, row in zip(self.points, self.rows(), strict=True):
-            name = f"plan_{point.target / point.plan.base.flops:.3f}.json"
+            name = f"plan_{point.target / point.plan.base.flops:.4f}.json"
             write_text(folder / name, point.plan.model_dump_json(indent=2) + "\n")
             rows.append(row | {"plan": name})
         known = {"name": self.points[0].plan.base.name, "measure": self.measure, "images": self.calibration.source}

@@ -124,7 +124,7 @@ def test_a_sweep_plans_many_budgets_and_leaves_what_convert_needs_for_any(
     own = command(photos, checkpoint, out)
     result = run(app, [*own, "--calibration", str(swept / "calibration.safetensors")])
     assert result.exit_code == 0, result.output
-    for path in (out / "plan.json", swept / "plan_0.700.json"):
+    for path in (out / "plan.json", swept / "plan_0.7000.json"):
         assert path.read_bytes() == (converted[0] / "plan.json").read_bytes()
 
 

@@ -91,7 +91,7 @@ def test_a_network_that_is_slower_or_faster_than_its_modules_is_corrected(
 
 
 def test_what_no_correction_reaches_is_said(calibration: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch, Clock({"hybrid": 3.0}, spread=0.4))
+    use(monkeypatch, Clock({"hybrid": 12.0}, spread=0.4))
     result = convert(vit(**WIDE), latency_target=0.75, calibration=calibration, progress=False)
     latency = result.report.latency
     assert latency is not None and len(latency.attempts) == 2, "the second is the fastest that there is"
