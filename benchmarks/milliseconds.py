@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--photos", type=Path, required=True)
-    parser.add_argument("--targets", type=float, nargs="*", default=[0.8, 0.7, 0.6, 0.5])
+    parser.add_argument("--targets", type=float, nargs="*", default=[0.8, 0.6])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 32])
     parser.add_argument("--levers", nargs="*", choices=LEVERS, default=list(LEVERS))
     parser.add_argument("--images", type=int, default=256, help="photos that calibrate; the others evaluate")

@@ -14,7 +14,7 @@ from .adapters.base import Adapter
 from .adapters.build import preprocessing
 from .conversion import Conversion, Run, make_report, versions
 from .data import EMBEDDED, embedded_photos, load_images
-from .errors import InvalidArgument
+from .errors import InvalidArgument, InvalidTarget
 from .gate_training import Loss, convert_by_gates
 from .inspection import Inspection, Levers, inspect, inspect_copy
 from .latency import Stopwatch, choose_in_time, parse_latency
@@ -202,7 +202,7 @@ def convert(
         raise InvalidArgument("images", repr(images), "at least 8", "256 is a good number.")
     # malformed targets are refused before the model is even looked at
     if flops_target is None and latency_target is None:
-        raise InvalidArgument(
+        raise InvalidTarget(
             "flops_target", "None", "a budget: flops_target, latency_target or both", "Write for example 0.7."
         )
     if flops_target is not None:

@@ -42,8 +42,8 @@ def parse_latency(target: float | str, original: float | None = None) -> float:
         InvalidTarget: anything else, or not less than the original takes.
 
     Example:
-        >>> parse_latency("70%", 0.010)
-        0.007
+        >>> parse_latency("50%", 0.010)
+        0.005
     """
     value, fraction = _read(target)
     if original is None:

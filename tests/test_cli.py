@@ -179,7 +179,7 @@ def test_eval_warns_of_other_weights(converted: tuple[Path, str], photos: Path, 
     [
         (["inspect", "vit_tinny_patch16_224"], errors.InvalidArgument, "perhaps vit_tiny_patch16_224"),
         ([*CONVERT, "2", "--no-pretrained", "-o", "OUT"], errors.InvalidTarget, "Did you mean '2%'"),
-        (["convert", NAME, "--no-pretrained", "-o", "OUT"], errors.InvalidArgument, "flops_target, latency_target or"),
+        (["convert", NAME, "--no-pretrained", "-o", "OUT"], errors.InvalidTarget, "flops_target, latency_target or"),
         ([*CONVERT, "0.7", "--no-pretrained", "--device", "abacus", "-o", "OUT"], errors.InvalidArgument, "'abacus' ("),
         ([*CONVERT, "0.7", "--checkpoint", "BAD", "-o", "OUT"], errors.InvalidCheckpoint, "keys that"),
         ([*CONVERT, "0.7", "--checkpoint", "none.pth", "-o", "OUT"], errors.InvalidCheckpoint, "no file"),

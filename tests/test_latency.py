@@ -148,7 +148,7 @@ def test_seconds_are_read_in_many_forms() -> None:
 REFUSED: list[tuple[dict[str, Any], type[Msa2ConvError], str]] = [
     (
         {},
-        InvalidArgument,
+        InvalidTarget,
         "flops_target: found None; expected a budget: flops_target, latency_target or both. Write for example 0.7.",
     ),
     *(

@@ -139,7 +139,7 @@ def _calls(source: str) -> list[ast.Call]:
         ("", "''", EXAMPLE),
         ("1e400", "'1e400'", EXAMPLE),
         (True, "bool", EXAMPLE),
-        (None, "NoneType", EXAMPLE),
+        ([], "list", EXAMPLE),
         (1e-12, "1e-12", "Ask for more, for example 0.7."),
         (1, "1", "1 would keep the whole model: ask for less, for example 0.7."),
         ("100%", "'100%'", "1 would keep the whole model: ask for less, for example 0.7."),
