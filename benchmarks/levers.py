@@ -11,7 +11,7 @@ through the network (benchmarks/rivals/token_merging.py), r tokens a block. A sw
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,15 +103,19 @@ def calibrated(model: nn.Module, images: Tensor, path: Path | None, seed: int) -
     return calibration
 
 
+def restricted(calibration: msa2conv.Calibration, levers: Collection[str]) -> msa2conv.Calibration:
+    """With the options of these levers only."""
+    records = [record for record in calibration.records if record.state()[0]["lever"] in levers]
+    return replace(calibration, records=records, stream=calibration.stream if "merge_tokens" in levers else None)
+
+
 def hybrids(
     model: nn.Module, calibration: msa2conv.Calibration, target: float, variants: list[str], plans: Path | None
 ) -> Iterator[tuple[str, nn.Module, str]]:
     """(variant, its hybrid, how it merges through the network) of every variant that can reach the budget."""
     seen = msa2conv.inspect(model)
     for variant in variants:
-        allowed = VARIANTS[variant]
-        records = [record for record in calibration.records if record.state()[0]["lever"] in allowed]
-        own = replace(calibration, records=records, stream=calibration.stream if "merge_tokens" in allowed else None)
+        own = restricted(calibration, VARIANTS[variant])
         try:
             choice = msa2conv.choose(model, own, int(target * calibration.costs.base), progress=False)
         except InfeasibleBudget:

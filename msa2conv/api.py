@@ -72,11 +72,11 @@ def calibrate(
     chosen = resolve_levers(levers)
     example = example_input(work, example_inputs)
     seen = inspect_copy(work, original, example, chosen, adapters)
-    calibration, _ = _calibrate(work, original, seen, data, images, chosen, seed, progress, resume, output_fn)
+    calibration, _ = calibrate_inspected(work, original, seen, data, images, chosen, seed, progress, resume, output_fn)
     return calibration
 
 
-def _calibrate(
+def calibrate_inspected(
     work: nn.Module,
     original: nn.Module,
     seen: Inspection,
@@ -88,6 +88,7 @@ def _calibrate(
     resume: str | os.PathLike[str] | None,
     output_fn: OutputFn | None,
 ) -> tuple[Calibration, Tensor]:
+    """`calibrate` on a working copy that the caller has made and inspected -> (it, the images)."""
     pictures, source = _images(original, data, limit, seen.input_size, seed)
     calibration = calibrate_sites(
         work,
@@ -233,7 +234,7 @@ def convert(
     seconds: dict[str, float] = {}
     pictures: Tensor | None = None
     if calibration is None:
-        calibration, pictures = _calibrate(
+        calibration, pictures = calibrate_inspected(
             work, original, seen, data, images, chosen, seed, progress, resume, output_fn
         )
         seconds["calibrate"] = calibration.seconds

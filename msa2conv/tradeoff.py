@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .adapters.base import Adapter
-from .api import CALIBRATION_IMAGES, calibrate, choose, convert, make_plan, versions
+from .api import CALIBRATION_IMAGES, calibrate_inspected, choose, convert, make_plan, versions
 from .conversion import Conversion
 from .errors import InvalidArgument
 from .files import check_writable, write_json, write_text
@@ -71,7 +71,7 @@ class Sweep:
         return convert(self.original, target, calibration=self.calibration, **self.options)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write a folder, atomically file by file: `sweep.json` (the figures, seed and versions) and every plan.
+        """Write a folder, atomically file by file: `sweep.json` (the figures and versions) and every plan.
 
         Raises:
             InvalidOutputPath: it cannot be written.
@@ -166,16 +166,17 @@ def sweep(
     for target in wanted:
         parse_target(target)
     work = working_copy(original)
-    seen = inspect_copy(work, original, example_input(work, example_inputs), resolve_levers(levers), adapters)
+    chosen = resolve_levers(levers)
+    seen = inspect_copy(work, original, example_input(work, example_inputs), chosen, adapters)
     budgets = sorted({parse_target(target, seen.costs.base) for target in wanted}, reverse=True)
     if calibration is None:
         if budgets[-1] < seen.floor:
             raise infeasible(budgets[-1], seen.floor)
-        calibration = calibrate(
-            original, data, images=images, example_inputs=example_inputs, levers=levers, adapters=adapters, seed=seed,
-            progress=progress, resume=resume, output_fn=output_fn,
-        )  # fmt: skip
-    calibration.check_model(original)
+        calibration, _ = calibrate_inspected(
+            work, original, seen, data, images, chosen, seed, progress, resume, output_fn
+        )
+    else:
+        calibration.check_model(original)
     points = []
     for budget in track(budgets, "plan", progress):
         choice = choose(work, calibration, budget, progress=False, output_fn=output_fn)

@@ -22,6 +22,7 @@ from ..errors import InvalidArgument, InvalidOutputPath
 from ..evaluate import Accuracy, evaluate, latency
 from ..exporting import export_onnx, export_program
 from ..files import check_writable
+from ..inspection import Inspection
 from ..plan import Preprocessing, parameter_count
 from ..search.calibrate import Calibration
 from ..search.resume import discard
@@ -108,9 +109,9 @@ def convert(
         )  # fmt: skip
     check_writable(output / "model.safetensors")
     where = usable_device(device)
-    model, data = _prepared(name, pretrained, checkpoint, num_classes, images, seed)
+    model, data, seen = _prepared(name, pretrained, checkpoint, num_classes, images, seed)
     model = model.to(where)
-    known = None if calibration is None else Calibration.load(calibration, api.inspect(model).claims)
+    known = None if calibration is None else Calibration.load(calibration, seen.claims)
     with _resumable(output / "calibrating") as calibrating:
         result = api.convert(
             model,
@@ -149,7 +150,7 @@ def sweep(
     """Plan many budgets of a timm model and show what each would cost. Interrupted, the same command continues."""
     check_writable(output / "sweep.json")
     targets = [_number(text) for text in flops] if flops else TARGETS
-    model, data = _prepared(name, pretrained, checkpoint, num_classes, images, seed)
+    model, data, _ = _prepared(name, pretrained, checkpoint, num_classes, images, seed)
     with _resumable(output / "calibrating") as calibrating:
         found = tradeoff.sweep(
             model,
@@ -230,13 +231,13 @@ def _prepared(
     num_classes: int | None,
     images: Path | None,
     seed: int,
-) -> tuple[nn.Module, Any]:
-    """The model, and its calibration images; None: those shipped."""
+) -> tuple[nn.Module, Any, Inspection]:
+    """The model, its calibration images (None: those shipped), and what is seen in it."""
     torch.manual_seed(seed)  # the same command means the same model, with --no-pretrained too
     model = named(name, pretrained and checkpoint is None, checkpoint, num_classes)
-    size = api.inspect(model).input_size
-    data = None if images is None else images_at(images, transform(size, preprocessing(model) or Preprocessing()))
-    return model, data
+    seen, known = api.inspect(model), preprocessing(model) or Preprocessing()
+    data = None if images is None else images_at(images, transform(seen.input_size, known))
+    return model, data, seen
 
 
 @contextmanager
