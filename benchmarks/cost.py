@@ -1,17 +1,21 @@
-"""What a conversion costs: wall time and peak memory of one calibration, and of a second budget from it.
+"""What a conversion costs: wall time and peak memory of one calibration, of a second budget from it, and of ten.
 
     python -m benchmarks.cost --models vit_tiny_patch16_224 deit_small_patch16_224
     python -m benchmarks.cost --compare --models vit_tiny_patch16_224      # what each lever adds to that
 
-Random weights (time does not depend on them), 256 random images. One process per row, so that peaks do not mix.
+Random weights (time does not depend on them), 256 random images. One process per row, so that peaks do not mix. Ten
+budgets: a sweep from 90 % to 45 % and its calibration, over one conversion; each built: a hybrid out of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import TypeVar
 
 import timm
 import torch
@@ -22,7 +26,8 @@ from msa2conv.levers import DEFAULT
 from .common import peak_gib, write
 
 MODELS = ("vit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224")
-COMPARED = (("mixer", "ffn"), DEFAULT)
+COMPARED = (("mixer", "ffn"), DEFAULT, (*DEFAULT, "merge_tokens"))
+T = TypeVar("T")
 
 
 def main() -> None:
@@ -35,7 +40,7 @@ def main() -> None:
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(measure(args.models[0], tuple(args.levers), args.images, args.seed))
+        print(json.dumps(measure(args.models[0], tuple(args.levers), args.images, args.seed)))
         return
     note = __doc__.split("\n\n")[2]
     rows = []
@@ -44,7 +49,7 @@ def main() -> None:
         for levers in COMPARED if args.compare else (args.levers,):
             call = [sys.executable, "-m", "benchmarks.cost", "--one", "--models", name, "--images", str(args.images)]
             text = subprocess.run([*call, "--levers", *levers], check=True, capture_output=True, text=True).stdout
-            found.append(dict(pair.split("=") for pair in text.strip().splitlines()[-1].split()))
+            found.append(json.loads(text.strip().splitlines()[-1]))
             row = {"model": name, "levers": ", ".join(levers), **found[-1]}
             if args.compare:
                 row["first / first row"] = f"{float(found[-1]['first_s']) / float(found[0]['first_s']):.2f}"
@@ -63,17 +68,30 @@ def main() -> None:
             )
 
 
-def measure(name: str, levers: tuple[str, ...], images: int, seed: int) -> str:
+def measure(name: str, levers: tuple[str, ...], images: int, seed: int) -> dict[str, float]:
     torch.manual_seed(seed)
     model = timm.create_model(name).eval()
     data = torch.randn(images, 3, 224, 224)
+    first, result = timed(lambda: msa2conv.convert(model, 0.8, data=data, images=images, levers=levers))
+    calibration = result.calibration
+    second, _ = timed(lambda: msa2conv.convert(model, 0.7, data=data, calibration=calibration))
+    targets = [0.9 - 0.05 * step for step in range(10)]
+    planned, sweep = timed(lambda: msa2conv.sweep(model, targets, calibration=calibration))
+    built, _ = timed(lambda: sweep.build(0.7))
+    return {
+        "first_s": round(first),
+        "second_s": round(second),
+        "ten budgets / first": round((calibration.seconds + planned) / first, 2),
+        "each built / first": round(built / first, 2),
+        "images": images,
+        "peak_GiB": peak_gib(),
+    }
+
+
+def timed(call: Callable[[], T]) -> tuple[float, T]:
     started = time.perf_counter()
-    result = msa2conv.convert(model, 0.8, data=data, images=images, levers=levers)
-    first = time.perf_counter() - started
-    started = time.perf_counter()
-    msa2conv.convert(model, 0.7, data=data, calibration=result.calibration)
-    second = time.perf_counter() - started
-    return f"first_s={first:.0f} second_s={second:.0f} images={images} peak_GiB={peak_gib()}"
+    found = call()
+    return time.perf_counter() - started, found
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         convert as convert,
         make_plan as make_plan,
     )
+    from .conversion import write_report as write_report
     from .cost import CostModel as CostModel, count_flops as count_flops
     from .exporting import export_onnx as export_onnx, export_program as export_program
     from .folding import fold_norms as fold_norms
@@ -96,6 +97,7 @@ _WHERE = {
     "sweep": "tradeoff",
     "train_gates": "gate_training",
     "verify": "laws",
+    "write_report": "conversion",
 }
 _MODULES = ("errors", "spvit", "testing")
 __all__ = ["__version__", *_MODULES, *sorted(_WHERE)]

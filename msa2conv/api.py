@@ -20,8 +20,9 @@ from .inspection import Inspection, Levers, inspect, inspect_copy
 from .latency import Stopwatch, choose_in_time, parse_latency
 from .laws import verify
 from .levers import Lever, resolve_levers
+from .locality import head_locality
 from .plan import Preprocessing, weights_sha256
-from .planning import Choice, choose, make_plan
+from .planning import Choice, choose, make_plan, site_costs
 from .search.calibrate import Calibration, calibrate_sites
 from .search.gates import Gates
 from .search.measure import OutputFn, outputs
@@ -158,7 +159,8 @@ def convert(
             `batch_size` images, in the model's dtype, not compiled. Every option is timed on the device, the same
             exact solver decides, and the hybrid is measured with the original in turn and corrected at most three
             times.
-        device, batch_size: where and how the hybrid will run; by default where the model is, one image at a time.
+        device, batch_size: where and how the hybrid will run, for a budget of time and for the times in the report; by
+            default where the model is, one image at a time.
         timetable: a file that keeps measured times, by device and geometry, so that further calls need none.
         data: calibration images, normalised as the model expects: an iterable of batches [b, C, H, W] or of tuples
             that start with one, a Dataset, a DataLoader or a tensor. None: photos shipped with msa2conv; your own
@@ -226,27 +228,28 @@ def convert(
     target = None if flops_target is None else parse_target(flops_target, seen.costs.base)
     if calibration is None and target is not None and target < seen.floor:  # of a Calibration, `choose` knows the floor
         raise infeasible(target, seen.floor)
-    watch = None
+    watch = Stopwatch(original, example, device, batch_size, progress)
     if latency_target is not None:
-        watch = Stopwatch(original, example, device, batch_size, progress)
         watch.check(latency_target, seen)
 
     seconds: dict[str, float] = {}
     pictures: Tensor | None = None
     if calibration is None:
+        allowed = [lever.name if lever == type(lever)() else repr(lever) for lever in chosen]
         calibration, pictures = calibrate_inspected(
             work, original, seen, data, images, chosen, seed, progress, resume, output_fn
         )
         seconds["calibrate"] = calibration.seconds
     else:
         calibration.check_model(original)
+        allowed = calibration.levers
 
     def build(choice: Choice) -> nn.Module:
         plan, tensors = make_plan(original, seen, choice.choices)
         return apply(plan, original, _cast(apply(plan, work, tensors), original))
 
     started, latency, budget = time.perf_counter(), None, seen.costs.base if target is None else target
-    if watch is None or latency_target is None:
+    if latency_target is None:
         choice = choose(work, calibration, budget, progress=progress, output_fn=output_fn)
     else:
         times = watch.times(seen, calibration, timetable)
@@ -277,9 +280,21 @@ def convert(
         )
         seconds["distill"] = time.perf_counter() - started
         after = outputs(hybrid, calibration.images, output_fn=output_fn)
-    run = Run(target, distill_steps, seed, seconds, laws, example.device, seen.warnings, latency)
-    report = make_report(plan, calibration, choice, before, after, run)
     final = apply(plan, original, _cast(hybrid, original))
+    run = Run(
+        target,
+        distill_steps,
+        seed,
+        seconds,
+        laws,
+        example.device,
+        seen.warnings,
+        allowed,
+        site_costs(seen, choice.choices),
+        head_locality(work, seen.claims.attentions, calibration.images),
+        latency or watch.compare(final),
+    )
+    report = make_report(plan, calibration, choice, before, after, run)
     return Conversion(final, plan, report, calibration, original)
 
 

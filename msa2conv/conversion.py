@@ -18,16 +18,21 @@ from .data import EMBEDDED
 from .errors import ArchitectureMismatch, InvalidCheckpoint
 from .files import MODEL_FILE, write_json, write_text
 from .hub import is_transformers, write_config
-from .plan import Plan, Wrap, weights_sha256
-from .planning import Choice
+from .plan import Plan, weights_sha256
+from .planning import Choice, tradeoff
 from .report.conversion import Report, model_card
+from .report.evaluation import Evaluation
+from .report.figures import Locality, SiteCost
 from .report.latency import Latency
+from .report.page import can_draw, write_page
 from .search.calibrate import Calibration
 from .search.measure import agreement, distance
+from .sharing import fetched, upload
 from .storage import load, read_plan, save
 from .workbench import unwrap
 
-REPORT_FILE = "report.json"
+REPORT_FILE, EVALUATION_FILE = "report.json", "evaluation.json"
+_LAGGING = 0.1  # of the original's time, behind the FLOPs; on a busy machine more
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,8 @@ class Conversion:
 
         Args:
             path: a `.safetensors` file (tensors + Plan), or a folder, which gets `model.safetensors`, `plan.json`,
-                `report.json`, a model card `README.md`, and of a transformers model its `config.json`.
+                `report.json`, a model card `README.md`, of a transformers model its `config.json`, and with
+                msa2conv[report] installed `report.html` and its `figures/`.
 
         Returns:
             The path of the .safetensors file.
@@ -71,6 +77,9 @@ class Conversion:
         write_text(target / "README.md", model_card(self.plan, self.report))
         if is_transformers(self.model):
             write_config(self.model, target)
+        (target / EVALUATION_FILE).unlink(missing_ok=True)  # of what lay here before
+        if can_draw():
+            write_page(target, self.plan, self.report)
         return written
 
     @classmethod
@@ -99,20 +108,87 @@ class Conversion:
         hybrid = load(path, original if model is None else model)
         return cls(hybrid, plan, _read_report(Path(path) / REPORT_FILE, plan), None, original)
 
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload what `save` writes into a folder to the Hugging Face Hub, as one commit.
+
+        Args:
+            repo_id: "me/deit_s_70"; created where there is none.
+            options: private, token, branch, commit_message, ... of `huggingface_hub.ModelHubMixin.push_to_hub`.
+
+        Returns:
+            The address of the commit.
+
+        Example:
+            result.push_to_hub("me/deit_s_70", private=True)
+        """
+        return upload(self.save, repo_id, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_or_folder: str | os.PathLike[str],
+        model: nn.Module | None = None,
+        *,
+        original: nn.Module | None = None,
+        **options: Any,
+    ) -> Conversion:
+        """`load` from the Hugging Face Hub, or from a folder.
+
+        Args:
+            repo_or_folder: "me/deit_s_70", or a folder written by `save`.
+            model, original: as for `load`.
+            options: revision, token, cache_dir, local_files_only, ... of `huggingface_hub.snapshot_download`.
+
+        Raises:
+            InvalidCheckpoint: there is no such folder or repository, or it cannot be reached.
+            And what `load` raises.
+
+        Example:
+            hybrid = msa2conv.Conversion.from_pretrained("me/deit_s_70").model
+        """
+        return cls.load(fetched(repo_or_folder, **options), model, original=original)
+
     def __str__(self) -> str:
         return f"{self.plan}\n\n{self.report}"
+
+
+def write_report(folder: str | os.PathLike[str]) -> Path:
+    """Draw the report of a saved hybrid anew, from its plan, its `report.json` and, where there is one, its
+    `evaluation.json`; nothing is run.
+
+    Args:
+        folder: written by `Conversion.save`, of this version or an earlier one.
+
+    Returns:
+        The path of `report.html`, one self-contained file; its figures lie in `figures/` as PNG.
+
+    Raises:
+        InvalidCheckpoint: there is no hybrid, no report, or one that cannot be read.
+        UnsupportedSchema: a later version wrote it.
+        MissingDependency: matplotlib or jinja2 is not installed.
+        InvalidOutputPath: nothing can be written there.
+
+    Example:
+        msa2conv.write_report("out")
+    """
+    source = Path(folder)
+    if not (source / REPORT_FILE).is_file():
+        raise InvalidCheckpoint(
+            str(source), f"no {REPORT_FILE}", "a folder written by Conversion.save or msa2conv convert",
+            "Convert with an output folder: a .safetensors file alone holds no figures.",
+        )  # fmt: skip
+    plan = read_plan(source)
+    report, evaluation = _read_report(source / REPORT_FILE, plan), None
+    if (source / EVALUATION_FILE).is_file():
+        text = (source / EVALUATION_FILE).read_text(encoding="utf-8")
+        evaluation = Evaluation.from_json(text, str(source / EVALUATION_FILE))
+    return write_page(source, plan, report, evaluation)
 
 
 def _read_report(path: Path, plan: Plan) -> Report:
     if not path.is_file():
         return decided_report(plan, "an earlier run", {})
-    try:
-        return Report.model_validate_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InvalidCheckpoint(
-            str(path), "a report that this version cannot read", "the report.json that `save` wrote",
-            "Delete it: the hybrid itself does not need it.",
-        ) from error  # fmt: skip
+    return Report.from_json(path.read_text(encoding="utf-8"), str(path))
 
 
 @dataclass(frozen=True)
@@ -126,7 +202,10 @@ class Run:
         laws: what `verify` returned.
         device: where it ran.
         warnings: what its inspection warned of.
-        latency: measured times, where there was a budget of time.
+        levers: what was allowed to change.
+        sites: what every site took and takes.
+        locality: of the original's heads.
+        latency: measured times.
     """
 
     target: int | None
@@ -136,7 +215,10 @@ class Run:
     laws: dict[str, float]
     device: torch.device
     warnings: list[str]
-    latency: Latency | None = None
+    levers: list[str]
+    sites: list[SiteCost]
+    locality: list[Locality]
+    latency: Latency
 
 
 def make_report(
@@ -167,6 +249,7 @@ def make_report(
         price=choice.price,
         calibration=calibration.source,
         images={"fit": calibration.fitted, "held out": len(calibration.images)},
+        levers=run.levers,
         distill_steps=run.distill_steps,
         seed=run.seed,
         seconds={name: round(value, 2) for name, value in run.seconds.items()},
@@ -174,6 +257,9 @@ def make_report(
         device=_device_name(run.device),
         laws=run.laws,
         latency=run.latency,
+        sites=run.sites,
+        tradeoff=tradeoff(calibration),
+        locality=run.locality,
         warnings=[*run.warnings, *calibration.warnings, *_hints(plan, calibration, found, run.latency)],
     )
 
@@ -217,13 +303,13 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({os.cpu_count()} cores)"
 
 
-def _hints(plan: Plan, calibration: Calibration, found: float, latency: Latency | None) -> list[str]:
-    hints = [] if latency is None else latency.warnings
-    merging = sum(isinstance(edit, Wrap) for edit in plan.edits)
-    if merging and latency is None:
+def _hints(plan: Plan, calibration: Calibration, found: float, latency: Latency) -> list[str]:
+    hints, kept = latency.warnings, plan.flops / plan.base.flops
+    if latency.target is None and latency.ratio > kept + max(_LAGGING, latency.spread):
+        many = "one image" if latency.batch_size == 1 else f"{latency.batch_size} images"
         hints.append(
-            f"tokens are merged inside {merging} modules: this saves FLOPs, and time in large batches on a CPU, but "
-            "costs time on a GPU and for single images; where time counts, ask for time: latency_target=0.7"
+            f"{many} at a time, the hybrid takes {latency.ratio:.2f} of the original's time here at {kept:.2f} of its "
+            "FLOPs; where time counts, ask for time: latency_target=0.7"
         )
     if calibration.source.startswith(EMBEDDED):
         hints.append(

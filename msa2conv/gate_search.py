@@ -20,7 +20,7 @@ from .levers import BY_GATES, FFN, Lever, Mixer, resolve_levers
 from .observation import check_finite_weights
 from .options import Option
 from .plan import Plan, Slice
-from .planning import make_plan
+from .planning import make_plan, site_costs
 from .search.gates import Budget, GateCosts, Gates, ffn_options, mixer_options, open_units, thresholded, window_layout
 from .search.measure import default_measure, distance, outputs
 from .search.solve import infeasible, solve
@@ -127,6 +127,7 @@ class Search:
         self.budget = Budget(costs, target, gates, steps)
         self._lift(work)
         self._started = time.perf_counter()
+        self.curve: list[dict[str, Any]] = []  # what a training has logged
 
     def _floor(self) -> int:
         costs = self._seen.costs
@@ -257,7 +258,13 @@ class Search:
         plan, _ = make_plan(self.original, self._seen, choices)
         hybrid = apply(plan, trained, self._shared(choices))
         laws = self._verify(hybrid, trained, plan, choices)
-        known: dict[str, Any] = {"target": self.target, "warnings": self._warnings()}
+        sites = site_costs(self._seen, choices)
+        known: dict[str, Any] = {
+            "target": self.target,
+            "warnings": self._warnings(),
+            "sites": sites,
+            "search": self.curve,
+        }
         if images is not None:
             reference, output = outputs(working_copy(self.original), images), outputs(hybrid, images)
             measure = default_measure(hybrid, output)

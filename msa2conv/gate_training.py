@@ -122,6 +122,7 @@ def run_search(
         run(task, accelerator, log, done=done, save=save, save_every=save_every)
         save(task.batches.steps)
     finally:
+        search.curve = log.lines
         log.close()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from .search.solve import quickest, too_slow
 from .search.timetable import SiteTimes, Timetable, described
 from .search.timing import measure_times
 from .stopwatch import Samples, interleaved
-from .workbench import usable_device
+from .workbench import hookless_copy, usable_device
 
 CORRECTIONS = 3
 _ROUNDS = 15
@@ -98,7 +97,7 @@ class Stopwatch:
             raise InvalidArgument("batch_size", repr(batch_size), "an integer >= 1", "Time what you will run.")
         first = next(original.parameters())
         self.device = first.device if device is None else usable_device(device)
-        self.original = self.ready(copy.deepcopy(original))
+        self.original = self.ready(hookless_copy(original))
         self.inputs = example.to(self.device, first.dtype).expand(batch_size, *example.shape[1:]).contiguous()
         self.progress = progress
 
@@ -110,6 +109,21 @@ class Stopwatch:
         models = {"original": self.original, "hybrid": self.ready(hybrid)}
         calls = {name: partial(model, self.inputs) for name, model in models.items()}
         return interleaved(calls, self.device, _ROUNDS, what="time", progress=self.progress)
+
+    def compare(self, hybrid: nn.Module) -> Latency:
+        """What a hybrid, which is not touched, takes beside the original."""
+        return self.report(self.beside(hookless_copy(hybrid)))
+
+    def report(self, samples: Samples) -> Latency:
+        """What `beside` found."""
+        return Latency(
+            before=samples.timing("original"),
+            after=samples.timing("hybrid"),
+            ratio=samples.ratio("hybrid", "original"),
+            batch_size=len(self.inputs),
+            device=described(self.device),
+            dtype=str(self.inputs.dtype).removeprefix("torch."),
+        )
 
     def check(self, target: float | str, seen: Inspection) -> None:
         """Refuse, before any calibration, what no lever could reach: less than all that is outside the sites takes.
@@ -177,20 +191,15 @@ def choose_in_time(
     while True:
         limit = times.limit(sites, allowed)
         choice = choose(work, calibration, flops, limit=limit, progress=watch.progress, output_fn=output_fn)
-        samples, predicted = watch.beside(build(choice)), times.total(choice.choices)
-        ratio, before = samples.ratio("hybrid", "original"), samples.timing("original")
-        wanted = value if fraction else value / before.seconds
-        latency = Latency(
-            target=wanted * before.seconds,
-            before=before,
-            after=samples.timing("hybrid"),
-            ratio=ratio,
-            predicted=predicted / times.base,
-            batch_size=len(watch.inputs),
-            device=described(watch.device),
-            dtype=str(watch.inputs.dtype).removeprefix("torch."),
-            attempts=[*(earlier.ratio for _, earlier in tried), ratio],
-        )
+        found, predicted = watch.report(watch.beside(build(choice))), times.total(choice.choices)
+        ratio, before = found.ratio, found.before.seconds
+        wanted = value if fraction else value / before
+        known = {
+            "target": wanted * before,
+            "predicted": predicted / times.base,
+            "attempts": [*(earlier.ratio for _, earlier in tried), ratio],
+        }
+        latency = found.model_copy(update=known)
         tried.append((choice, latency))
         unlimited = latency.off < 0 and predicted < (1 - CLOSE) * allowed  # what is left would not be used
         if abs(latency.off) <= CLOSE or unlimited or len(tried) > CORRECTIONS:

@@ -12,10 +12,13 @@ from .adapters.build import find_builder, preprocessing
 from .options import Option
 from .plan import Base, Plan, fingerprint, parameter_count, weights_sha256
 from .progress import track
+from .report.figures import Promise, SiteCost
 from .report.inspection import Inspection
 from .search.calibrate import Calibration
+from .search.frontier import frontier
 from .search.measure import OutputFn, agreement, distance, outputs
 from .search.solve import Limit, diverse
+from .sites import AttentionSite
 from .transforms.apply import apply
 from .transforms.lift import lift
 
@@ -76,6 +79,34 @@ def choose(
     best = min(distances, key=lambda name: distances[name])
     predicted = sum(option.score or 0.0 for option in found[best].values())
     return Choice(found[best], best, predicted, distances, agreements[best])
+
+
+def tradeoff(calibration: Calibration) -> list[Promise]:
+    """What other budgets are predicted to lose, by the scores of a calibration alone."""
+    options, costs = calibration.options(), calibration.costs
+    rest = costs.base - sum(costs.hosts[path] for path in options)
+    return [Promise(flops=flops, loss=loss) for flops, loss in frontier(calibration.settings(), options, rest)]
+
+
+def site_costs(seen: Inspection, choices: Mapping[str, Option]) -> list[SiteCost]:
+    """What every site takes before and after.
+
+    Args:
+        seen: inspection of the original.
+        choices: {site: option}.
+    """
+    return [
+        SiteCost(
+            path=site.path,
+            block=site.block,
+            kind="attention" if isinstance(site, AttentionSite) else "ffn",
+            choice=choices[site.path].name,
+            before=seen.costs.hosts[site.path],
+            after=choices[site.path].flops,
+        )
+        for site in seen.claims.sites
+        if site.path in choices
+    ]
 
 
 def make_plan(model: nn.Module, seen: Inspection, choices: Mapping[str, Option]) -> tuple[Plan, dict[str, Tensor]]:

@@ -14,11 +14,13 @@ from .adapters.base import Adapter
 from .api import CALIBRATION_IMAGES, calibrate_inspected, choose, convert, make_plan, versions
 from .conversion import Conversion
 from .errors import InvalidArgument
-from .files import check_writable, write_json, write_text
+from .files import atomic_write, check_writable, write_json, write_text
 from .inspection import Levers, inspect_copy
 from .levers import resolve_levers
 from .plan import Plan
+from .planning import tradeoff
 from .progress import track
+from .report.page import can_draw
 from .search.calibrate import Calibration
 from .search.measure import OutputFn
 from .search.solve import infeasible
@@ -71,7 +73,8 @@ class Sweep:
         return convert(self.original, target, calibration=self.calibration, **self.options)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write a folder, atomically file by file: `sweep.json` (the figures and versions) and every plan.
+        """Write a folder, atomically file by file: `sweep.json` (figures, seed and versions), every plan, and with
+        msa2conv[report] installed the curve, `sweep.png`.
 
         Raises:
             InvalidOutputPath: it cannot be written.
@@ -82,8 +85,18 @@ class Sweep:
             name = f"plan_{point.target / point.plan.base.flops:.4f}.json"
             write_text(folder / name, point.plan.model_dump_json(indent=2) + "\n")
             rows.append(row | {"plan": name})
-        known = {"name": self.points[0].plan.base.name, "measure": self.measure, "images": self.calibration.source}
-        write_json(folder / "sweep.json", known | {"points": rows, "versions": versions()})
+        base = self.points[0].plan.base
+        known: dict[str, Any] = {"name": base.name, "measure": self.measure, "images": self.calibration.source}
+        known |= {"levers": self.calibration.levers, "seed": self.options.get("seed")}
+        promised = tradeoff(self.calibration)
+        curve = [promise.model_dump() for promise in promised]
+        write_json(folder / "sweep.json", known | {"points": rows, "predicted": curve, "versions": versions()})
+        if can_draw():
+            from .report.plots import as_png, sweep_picture
+
+            measured = [(point.plan.flops, point.distance) for point in self.points]
+            with atomic_write(folder / "sweep.png") as temporary:
+                temporary.write_bytes(as_png(sweep_picture(promised, measured, base.flops, self.measure)))
         return folder / "sweep.json"
 
     def rows(self) -> list[dict[str, Any]]:

@@ -57,18 +57,25 @@ def own_randomness() -> Iterator[None]:
         np.random.set_state(before[1])
 
 
+def hookless_copy(model: nn.Module) -> nn.Module:
+    """A copy without the user's hooks."""
+    copied = copy.deepcopy(model)
+    for module in copied.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+        module._backward_hooks.clear()
+        module._backward_pre_hooks.clear()
+    return copied
+
+
 def working_copy(model: nn.Module) -> nn.Module:
     """A float32 copy in eval mode, without the user's hooks, on the model's device."""
     if next(model.parameters(), None) is None:
         raise InvalidArgument("model", "a module without parameters", "a trained network", "Pass the model itself.")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise InvalidArgument("model", "parameters on the meta device", "real weights", "Load the weights first.")
-    work = without_autocast(copy.deepcopy(model))
+    work = without_autocast(hookless_copy(model))
     for module in work.modules():
-        module._forward_hooks.clear()
-        module._forward_pre_hooks.clear()
-        module._backward_hooks.clear()
-        module._backward_pre_hooks.clear()
         if isinstance(module, nn.TransformerEncoderLayer):
             module.activation_relu_or_gelu = 0  # off the fast path, which calls none of its submodules
     for parameter in work.parameters():

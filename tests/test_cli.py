@@ -19,10 +19,12 @@ from msa2conv import api, errors
 from msa2conv.cli import app
 from msa2conv.files import read_tensors
 from msa2conv.plan import weights_sha256
+from msa2conv.report.evaluation import Evaluation
 from msa2conv.search import calibrate
 from msa2conv.search.measure import distance
 
-NAME = "vit_tiny_patch16_224"
+NAME = "test_vit"  # timm's own for tests: six blocks of width 64, 160 x 160
+WRITTEN = {"model.safetensors", "plan.json", "report.json", "report.html", "figures", "README.md"}
 CONVERT = ["convert", NAME, "--flops"]
 run = CliRunner().invoke
 pytestmark = pytest.mark.xdist_group("cli")  # on one worker, so that what they share is made once
@@ -70,7 +72,7 @@ def converted(photos: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathF
 
 
 def test_inspect_shows_sites_floor_and_ceiling() -> None:
-    result = run(app, ["inspect", NAME])
+    result = run(app, ["inspect", "vit_tiny_patch16_224"])
     assert result.exit_code == 0
     assert "1.258 GFLOPs (multiply-adds, batch 1)" in result.output
     assert "blocks.11.attn" in result.output and "reachable:" in result.output
@@ -78,8 +80,8 @@ def test_inspect_shows_sites_floor_and_ceiling() -> None:
 
 def test_convert_writes_the_folder_and_prints_the_plan(converted: tuple[Path, str]) -> None:
     out, text = converted[0], " ".join(converted[1].split())
-    assert {path.name for path in out.iterdir()} == {"model.safetensors", "plan.json", "report.json", "README.md"}
-    assert "ffn" in text and "1.26 -> 0.8" in text and "msa2conv eval" in text
+    assert {path.name for path in out.iterdir()} == WRITTEN
+    assert "ffn" in text and "(69." in text and "msa2conv eval" in text
 
 
 def test_interrupted_the_same_command_continues(
@@ -103,8 +105,8 @@ def test_interrupted_the_same_command_continues(
         assert [path.name for path in out.iterdir()] == ["calibrating"]
         result = run(app, arguments)
         assert result.exit_code == 0, result.output
-    assert len(measured) == 12 * (2 + 7) + 1  # two for a prefix weight, seven widths; the interrupted one twice
-    assert {path.name for path in out.iterdir()} == {"model.safetensors", "plan.json", "report.json", "README.md"}
+    assert len(measured) == 6 * (2 + 7) + 1  # two for a prefix weight, seven widths; the interrupted one twice
+    assert {path.name for path in out.iterdir()} == WRITTEN
     assert (out / "plan.json").read_bytes() == (converted[0] / "plan.json").read_bytes()
     (mine, my_header), (other, other_header) = (read_tensors(at / "model.safetensors") for at in (out, converted[0]))
     assert my_header == other_header and mine.keys() == other.keys()  # entries of a header come in any order
@@ -118,7 +120,7 @@ def test_a_sweep_plans_many_budgets_and_leaves_what_convert_needs_for_any(
     arguments = command(photos, checkpoint, swept)
     result = run(app, ["sweep", *arguments[1:], "--flops", "0.9"])
     assert result.exit_code == 0, result.output
-    assert {path.suffix for path in swept.iterdir()} == {".json", ".safetensors"}
+    assert {path.suffix for path in swept.iterdir()} == {".json", ".png", ".safetensors"}
     assert "same class" in result.output
     assert f"next: msa2conv convert {NAME} --flops 70% --calibration {swept}/calibration.safetensors" in result.output
     own = command(photos, checkpoint, out)
@@ -165,6 +167,18 @@ def test_eval_puts_the_original_beside_the_hybrid(converted: tuple[Path, str], p
     assert result.exit_code == 0, result.output
     assert "original" in result.output and "hybrid" in result.output and "/9)" in result.output
     assert "warning" not in result.output
+    measured = Evaluation.from_json((out / "evaluation.json").read_text(), "evaluation.json")
+    assert set(measured.models) == {"original", "hybrid"} and measured.models["hybrid"].images == 9
+    percent = f"{100 * measured.models['hybrid'].correct / 9:.1f} %"
+    assert f"<b>{percent}</b><span>top-1</span>" in (out / "report.html").read_text()
+
+
+def test_report_draws_the_page_anew(converted: tuple[Path, str]) -> None:
+    out, _ = converted
+    (out / "report.html").unlink()
+    result = run(app, ["report", str(out)])
+    assert result.exit_code == 0 and f"written to {out / 'report.html'}" in result.output.replace("\n", "")
+    assert (out / "report.html").is_file()
 
 
 def test_eval_warns_of_other_weights(converted: tuple[Path, str], photos: Path, tmp_path: Path) -> None:

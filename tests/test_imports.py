@@ -21,7 +21,7 @@ RANKS = [
     ("kernels", "merging"),
     ("stream",),
     ("plan", "files"),
-    ("hub",),
+    ("hub", "sharing"),
     ("transforms.apply", "options", "targets"),
     ("settings",),
     ("storage",),
@@ -32,7 +32,7 @@ RANKS = [
     ("cost",),
     ("levers",),
     ("search",),
-    ("report", "verify", "laws", "evaluate", "planning"),
+    ("report", "verify", "laws", "locality", "evaluate", "planning"),
     ("latency",),
     ("train",),
     ("conversion", "inspection"),
@@ -62,6 +62,9 @@ ONLY_IN = {
     "yaml": ("train",),
     "onnx": ("exporting",),
     "onnxruntime": ("exporting",),
+    "huggingface_hub": ("sharing",),
+    "matplotlib": ("report.plots",),
+    "jinja2": ("report.page",),
 }
 
 

@@ -111,16 +111,27 @@ def test_what_is_free_is_taken_though_it_leaves_time_unused(monkeypatch: pytest.
     assert latency is not None and latency.off < -0.05 and len(latency.attempts) == 1 and latency.warnings == []
 
 
-def test_where_time_was_asked_for_nobody_is_told_to_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch, Clock())
-    small = convert(vit(**WIDE), 0.5, data=images(16, 64), levers="merge_in_site", progress=False)
-    fast = convert(vit(**WIDE), latency_target=0.7, calibration=small.calibration, progress=False)
-    assert "@" in str(fast.plan.choices) and not any("merged inside" in text for text in fast.report.warnings)
-    (text,) = (text for text in small.report.warnings if "merged inside" in text)
-    assert text.startswith("tokens are merged inside ") and text.endswith(
-        " modules: this saves FLOPs, and time in large batches on a CPU, but costs time on a GPU and for single "
-        "images; where time counts, ask for time: latency_target=0.7"
+@pytest.mark.parametrize(("clock", "told"), [(Clock({"hybrid": 1.5}), True), (Clock(), False)])
+def test_who_asked_for_flops_is_told_when_time_lags_behind(
+    clock: Clock, told: bool, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, clock)
+    result = convert(vit(**WIDE), 0.5, calibration=calibration, progress=False, batch_size=2)
+    latency, kept = result.report.latency, result.plan.flops / result.plan.base.flops
+    assert latency is not None and latency.target is None and latency.batch_size == 2
+    text = (
+        f"2 images at a time, the hybrid takes {latency.ratio:.2f} of the original's time here at {kept:.2f} of its "
+        "FLOPs; where time counts, ask for time: latency_target=0.7"
     )
+    assert (text in result.report.warnings) is told
+
+
+def test_where_time_was_asked_for_nobody_is_told_to_ask_for_it(
+    calibration: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, Clock({"hybrid": 1.5}))
+    result = convert(vit(**WIDE), 0.5, latency_target=0.9, calibration=calibration, progress=False)
+    assert not any("ask for time" in text for text in result.report.warnings)
 
 
 def test_it_is_printed_and_saved(calibration: Calibration, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

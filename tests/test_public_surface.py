@@ -59,6 +59,7 @@ NAMES = [
     "testing",
     "train_gates",
     "verify",
+    "write_report",
 ]
 OBJECTS = [name for name in NAMES if name not in ("__version__", "errors", "spvit", "testing")]
 

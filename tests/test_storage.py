@@ -77,7 +77,8 @@ def test_half_precision_stays_half(tmp_path: Path, kind: str, dtype: torch.dtype
 def test_a_folder_holds_model_plan_report_and_card(tmp_path: Path) -> None:
     result, folder = converted(), tmp_path / "out"
     assert result.save(folder) == folder / "model.safetensors"
-    assert set(files(folder)) == {"model.safetensors", "plan.json", "report.json", "README.md"}
+    figures = {"figures", *(f"figures/{name}.png" for name in ("plan", "flops", "tradeoff", "heads"))}
+    assert set(files(folder)) == {"model.safetensors", "plan.json", "report.json", "report.html", "README.md"} | figures
     assert same(load(folder, vit()), result.model) and read_plan(folder) == result.plan
     assert msa2conv.Plan.from_json((folder / "plan.json").read_text()) == result.plan
     assert type(result.report).model_validate(json.loads((folder / "report.json").read_text())) == result.report
@@ -91,7 +92,7 @@ def test_files_are_readable_by_others(tmp_path: Path) -> None:
     converted().save(tmp_path / "out")
     converted().calibration.save(tmp_path / "calibration.safetensors")
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(written) == 5 and {stat.S_IMODE(path.stat().st_mode) for path in written} == {0o644}
+    assert len(written) == 10 and {stat.S_IMODE(path.stat().st_mode) for path in written} == {0o644}
 
 
 class Crash(BaseException):

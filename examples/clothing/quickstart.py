@@ -67,7 +67,7 @@ def main() -> None:
     images = torch.stack([photos[i][0] for i in range(0, len(photos), 12)])
     same = reloaded_in_fresh_process(saved, images, last.model)
     console.print(f"\n{saved}, reloaded in a fresh process: outputs {'equal bit for bit' if same else 'DIFFER'}")
-    console.print(f"plan, report and model card are in {args.out}/", highlight=False, soft_wrap=True)
+    console.print(f"look at {args.out}/report.html; plan and model card lie beside it", highlight=False, soft_wrap=True)
     if not same:
         sys.exit(1)
 

@@ -1,4 +1,4 @@
-"""The command line: inspect, convert, sweep, finetune, train, export, eval. Thin over the public functions."""
+"""The command line: inspect, convert, sweep, finetune, train, export, eval, report. Thin over the public functions."""
 
 from __future__ import annotations
 
@@ -10,27 +10,25 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.table import Table
 from torch import nn
 
 from .. import api, tradeoff
 from ..adapters.build import create, preprocessing
-from ..cost import count_flops
-from ..data import image_folder, transform
+from ..data import transform
 from ..data.sources import images_at
 from ..errors import InvalidArgument, InvalidOutputPath
-from ..evaluate import Accuracy, evaluate, latency
 from ..exporting import export_onnx, export_program
 from ..files import check_writable
 from ..inspection import Inspection
-from ..plan import Preprocessing, parameter_count
+from ..plan import Preprocessing
 from ..search.calibrate import Calibration
 from ..search.resume import discard
 from ..storage import load, read_plan
 from ..tradeoff import TARGETS
 from ..workbench import usable_device
-from .models import named, original_of
-from .shown import say, show
+from .evaluate import evaluate_command, report
+from .models import named
+from .shown import show
 from .train import finetune, train
 
 app = typer.Typer(
@@ -195,33 +193,8 @@ def export(
         show(export_program(hybrid, program, example_inputs=example, dynamic_batch=dynamic_batch))
 
 
-@app.command(name="eval")
-def evaluate_command(
-    path: Annotated[Path, typer.Argument(help="Folder or file written by `msa2conv convert`.")],
-    images: Annotated[Path, typer.Option(help="ImageFolder: one subfolder per class, in the order of the labels.")],
-    original: Annotated[
-        Path | None, typer.Option(help="The original's checkpoint, to put it beside the hybrid.")
-    ] = None,
-    batch_size: int = 32,
-    progress: bool = True,
-) -> None:
-    """Top-1, FLOPs, params and latency of a hybrid, beside the original's where its weights can be had."""
-    plan = read_plan(path)
-    hybrid = load(path)
-    dataset = image_folder(images, plan.base.input_size, plan.base.preprocessing or Preprocessing())
-    models: dict[str, nn.Module] = {}
-    if original is not None:
-        models["original"] = original_of(plan, original)
-    models["hybrid"] = hybrid
-    example = dataset[0][0][None]
-    rows = {
-        label: (evaluate(model, dataset, batch_size, progress, label), count_flops(model, example), model)
-        for label, model in models.items()
-    }
-    times = latency({label: model.float() for label, model in models.items()}, example)
-    say(_table(rows, times))
-    if original is None:
-        say(f"[dim]add --original FILE to compare with {plan.base.name} itself[/dim]")
+app.command(name="eval")(evaluate_command)
+app.command()(report)
 
 
 def _prepared(
@@ -260,21 +233,6 @@ def _number(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text
-
-
-def _table(rows: dict[str, tuple[Accuracy, int, nn.Module]], times: dict[str, dict[int, float]]) -> Table:
-    first = next(iter(rows))
-    table = Table(title="FLOPs are multiply-adds at batch 1; latency is the median, interleaved")
-    for column in ("", "top-1 %", "GFLOPs", "M params", "ms, batch 1", "ms, batch 32"):
-        table.add_column(column, justify="right")
-    for label, (accuracy, flops, model) in rows.items():
-        ratio = [times[label][batch] / times[first][batch] for batch in (1, 32)]
-        shown = [f"{1e3 * times[label][batch]:.1f} ({r:.2f})" for batch, r in zip((1, 32), ratio, strict=True)]
-        table.add_row(
-            label, f"{accuracy.percent:.2f} ({accuracy.correct}/{accuracy.total})", f"{flops / 1e9:.3f}",
-            f"{parameter_count(model) / 1e6:.2f}", *shown,
-        )  # fmt: skip
-    return table
 
 
 __all__ = ["app"]

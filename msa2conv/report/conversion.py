@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import json
+from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..errors import InvalidCheckpoint, UnsupportedSchema
 from ..plan import Plan
+from .figures import Locality, Promise, SiteCost
 from .latency import Latency
 from .training import Training
 
@@ -23,18 +28,24 @@ class Report(BaseModel):
     price: which of them was taken.
     calibration: what decided: the images, or the search.
     images: {"fit": n, "held out": n}; empty for a gate search.
+    levers: what was allowed to change: names, or configured levers as they are written.
     distill_steps, seed: arguments.
     seconds: {"calibrate": ..., "solve": ..., "distill": ...}, of this machine.
     versions: of the packages used.
     device: where it ran.
     laws: {law: largest difference or exact figure} as verified on this model.
     warnings: what the user should know.
-    latency: measured times, where there was a budget of time.
+    latency: measured times of the original and the hybrid; None where nothing was measured.
+    sites: what every site took and takes.
+    tradeoff: the least that other budgets are predicted to lose, by the same calibration.
+    locality: of the original's heads.
+    search: lines of the log of a gate search.
     training: what a fine-tuning did since, None without.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    schema_version: Literal[1] = 1
     name: str
     flops_before: int
     flops_after: int
@@ -50,6 +61,7 @@ class Report(BaseModel):
     price: str = ""
     calibration: str
     images: dict[str, int] = {}
+    levers: list[str] = []
     distill_steps: int = 0
     seed: int | None = None
     seconds: dict[str, float]
@@ -58,7 +70,33 @@ class Report(BaseModel):
     laws: dict[str, float]
     warnings: list[str] = []
     latency: Latency | None = None
+    sites: list[SiteCost] = []
+    tradeoff: list[Promise] = []
+    locality: list[Locality] = []
+    search: list[dict[str, Any]] = []
     training: Training | None = None
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> Report:
+        """Parse a report.json, of this version or an earlier one, whose report simply says less.
+
+        Raises:
+            UnsupportedSchema: a later version wrote it.
+            InvalidCheckpoint: it is no report.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            version = _version(text)
+            if version not in (None, 1):
+                raise UnsupportedSchema(
+                    where, f"report schema version {version}", "version 1",
+                    "Read it with the msa2conv release that wrote it; the hybrid itself does not need it.",
+                ) from error  # fmt: skip
+            raise InvalidCheckpoint(
+                where, "a report that this version cannot read", "the report.json that `save` wrote",
+                "Delete it: the hybrid itself does not need it.",
+            ) from error  # fmt: skip
 
     def __str__(self) -> str:
         unit = "KL to the original (nats)" if self.measure == "kl" else "relative feature error"
@@ -89,7 +127,7 @@ class Report(BaseModel):
         if self.target is not None:
             lines.append(f"budget {self.target / 1e9:.3f} GFLOPs, {after / self.target:.2%} used")
         if self.latency is not None:
-            lines.append(f"budget {1e3 * self.latency.target:.4g} ms, {self.latency}")
+            lines.append(str(self.latency))
         if self.images:
             used = f"{self.images['fit']} to fit, {self.images['held out']} held out"
             lines.append(f"calibrated on {self.calibration}: {used}")
@@ -101,19 +139,28 @@ class Report(BaseModel):
         return "\n".join(lines)
 
 
+def _version(text: str) -> Any:
+    try:
+        return json.loads(text).get("schema_version")
+    except (ValueError, AttributeError):
+        return None
+
+
 def model_card(plan: Plan, report: Report) -> str:
-    """The README.md that is written beside an artefact."""
+    """The README.md that is written beside an artefact; its header is what the Hugging Face Hub reads."""
     builder = plan.base.builder
     base = f'timm.create_model("{builder.name}", **{dict(builder.kwargs)})' if builder else plan.base.model_class
     code = "hybrid = msa2conv.load(path)" if builder else f"hybrid = msa2conv.load(path, model)  # model: {base}"
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     seed = "" if report.seed is None else f"Seed {report.seed}; "
+    task = "pipeline_tag: image-classification\n" if report.agreement is not None else ""
     return (
+        f"---\nlibrary_name: msa2conv\n{task}tags:\n- vision\n- vision-transformer\n- pruning\n---\n"
         f"# {plan.base.name}, {report.flops_after / report.flops_before:.1%} of its FLOPs\n\n"
         f"Made by msa2conv from `{base}`.\n\n"
         f"```python\nimport msa2conv\n{code}\n```\n\n"
         f"```\n{plan}\n```\n\n```\n{report}\n```\n\n"
         f"{seed}{versions}; {report.device}. Source weights sha256 `{plan.base.weights_sha256}`.\n"
         "Distances compare the hybrid with the original on unlabelled images; measure accuracy on your "
-        "own test set with `msa2conv eval`.\n"
+        "own test set with `msa2conv eval`. The figures as pictures: `report.html`, if it lies beside this file.\n"
     )

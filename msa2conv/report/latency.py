@@ -1,4 +1,4 @@
-"""The report of a budget of time: what was allowed, promised and measured."""
+"""What a hybrid takes in time, and of a budget of time what was allowed and promised."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ class Latency(BaseModel):
     """What a hybrid takes in time, measured end to end with the original in turn.
 
     Args:
-        target: seconds allowed.
         before, after: of the original and of the hybrid.
         ratio: of the two: the median over rounds, in which they took turns.
-        predicted: the ratio that the sum of the modules' times promised.
         batch_size: images in a batch.
         device: where, with which threads and torch.
         dtype: of the weights.
-        attempts: ratio of every network that was tried.
+        target: seconds allowed; None without a budget of time.
+        predicted: the ratio that the sum of the modules' times promised; None without a budget of time.
+        attempts: ratio of every network that was tried for the budget.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    target: float
     before: Timing
     after: Timing
     ratio: float
-    predicted: float
     batch_size: int
     device: str
     dtype: str
-    attempts: list[float]
+    target: float | None = None
+    predicted: float | None = None
+    attempts: list[float] = []
 
     @property
     def off(self) -> float:
-        """How much more than allowed it takes, as a fraction of the target."""
-        return self.ratio * self.before.seconds / self.target - 1
+        """How much more than allowed it takes, as a fraction of the target; 0 without one."""
+        return 0.0 if self.target is None else self.ratio * self.before.seconds / self.target - 1
 
     @property
     def spread(self) -> float:
@@ -49,7 +49,9 @@ class Latency(BaseModel):
     @property
     def warnings(self) -> list[str]:
         """What the user should know."""
-        found = []
+        found: list[str] = []
+        if self.target is None:
+            return found
         if self.spread > BUSY:
             found.append(
                 f"the machine was busy: half of the times spread over {self.spread:.0%} of the median; measure again "
@@ -64,10 +66,13 @@ class Latency(BaseModel):
         return found
 
     def __str__(self) -> str:
+        timed = f"timed on {self.device}; quartiles within {self.spread:.0%} of the median"
+        if self.target is None or self.predicted is None:
+            return timed
         tried = " -> ".join(f"{ratio:.1%}" for ratio in self.attempts)
         return (
-            f"{1 + self.off:.1%} used; predicted {self.predicted:.1%} of the original's time, measured {tried}\n"
-            f"timed on {self.device}; quartiles within {self.spread:.0%} of the median"
+            f"budget {1e3 * self.target:.4g} ms, {1 + self.off:.1%} used; "
+            f"predicted {self.predicted:.1%} of the original's time, measured {tried}\n{timed}"
         )
 
 

@@ -82,6 +82,12 @@ class Calibration:
         return {path: list(options.values()) for path, options in found.items()}
 
     @property
+    def levers(self) -> list[str]:
+        """Names of the levers that it has options of."""
+        names = [str(record.state()[0]["lever"]) for record in self.records]
+        return list(dict.fromkeys([*names, *(["merge_tokens"] if self.stream is not None else [])]))
+
+    @property
     def sites(self) -> tuple[Site, ...]:
         """Where its options are."""
         through = () if self.stream is None else self.stream.claims.sites

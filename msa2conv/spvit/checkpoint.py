@@ -16,7 +16,7 @@ from ..observation import check_finite_weights
 from ..ops import Conv
 from ..options import Option
 from ..plan import Replace
-from ..planning import make_plan
+from ..planning import make_plan, site_costs
 from ..report.inspection import Inspection
 from ..search.gates import Gates, mixer_option, width_option
 from ..sites import AttentionSite, FFNSite
@@ -73,7 +73,8 @@ def load_checkpoint(
     laws = check_costs(working_copy(hybrid), plan, choices, seen.costs, image, None)
     seconds = {"load": round(time.perf_counter() - started, 2)}
     decided_by = f"{checkpoint.where} (SPViT's {checkpoint.form} form)"
-    return Conversion(hybrid, plan, decided_report(plan, decided_by, laws, seconds=seconds, device=image.device), None)
+    known = {"seconds": seconds, "device": image.device, "sites": site_costs(seen, choices)}
+    return Conversion(hybrid, plan, decided_report(plan, decided_by, laws, **known), None)
 
 
 class _Reader:

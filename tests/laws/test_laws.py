@@ -143,13 +143,17 @@ def test_the_chosen_plan_costs_what_it_says(case: Case) -> None:
 
 
 def test_every_kind_of_option_costs_what_it_says(case: Case) -> None:
-    """Each mixer at the last attention, and the narrowest of each FFN."""
-    last = case.seen.claims.attentions[-1].path
-    alone = {path: [option for option in group if option.inner is None] for path, group in case.options.items()}
-    narrow = {site.path: min(alone[site.path], key=lambda o: o.flops) for site in case.seen.claims.ffns}
-    for option in every_kind(case.options[last]):
-        keep = {path: group[0] for path, group in case.options.items()}
-        assert_costs_what_it_says(case, case.hybrid({**keep, **narrow, last: option}))
+    """All sites at once, neighbours with different kinds: half as many networks as an attention has kinds."""
+    kinds = {path: every_kind(group) for path, group in case.options.items()}
+    turns = math.ceil(max(len(kinds[site.path]) for site in case.seen.claims.attentions) / 2)
+    for turn in range(turns):
+        choices = {}
+        for sites in (case.seen.claims.attentions, case.seen.claims.ffns):
+            for index, site in enumerate(sites):
+                group = kinds[site.path]
+                step = max(2, math.ceil(len(group) / turns))
+                choices[site.path] = group[(turn * step + index) % len(group)]
+        assert_costs_what_it_says(case, case.hybrid({path: choices[path] for path in kinds}))
 
 
 # Law 4
