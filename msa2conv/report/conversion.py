@@ -31,6 +31,7 @@ class Report(BaseModel):
     warnings: what the user should know.
     latency: measured times, where there was a budget of time.
     training: what a fine-tuning did since, None without.
+    streamlined: {exact pass of `streamline`: at how many sites it did something}.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -59,6 +60,7 @@ class Report(BaseModel):
     warnings: list[str] = []
     latency: Latency | None = None
     training: Training | None = None
+    streamlined: dict[str, int] = {}
 
     def __str__(self) -> str:
         unit = "KL to the original (nats)" if self.measure == "kl" else "relative feature error"
@@ -98,6 +100,8 @@ class Report(BaseModel):
         lines += [f"warning: {text}" for text in self.warnings]
         if self.training is not None:
             lines.append(str(self.training))
+        if self.streamlined:
+            lines.append("streamlined: " + ", ".join(f"{name} ({sites})" for name, sites in self.streamlined.items()))
         return "\n".join(lines)
 
 
