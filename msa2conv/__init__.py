@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .conversion import write_report as write_report
     from .cost import CostModel as CostModel, count_flops as count_flops
     from .exporting import export_onnx as export_onnx, export_program as export_program
-    from .folding import fold_norms as fold_norms
+    from .folding import fold_norms as fold_norms, streamline as streamline
     from .gate_search import Search as Search, prepare as prepare
     from .gate_training import train_gates as train_gates
     from .inspection import discover as discover, inspect as inspect
@@ -94,6 +94,7 @@ _WHERE = {
     "reset_head": "train.head",
     "save": "storage",
     "solve": "search.solve",
+    "streamline": "folding",
     "sweep": "tradeoff",
     "train_gates": "gate_training",
     "verify": "laws",

@@ -34,16 +34,16 @@ _ZERO_NAMES = """
 abs add add_ addcmul alias all amax amin any argmax argsort as_strided atan2 avg_pool1d avg_pool2d bernoulli bernoulli_
 bitwise_and bitwise_or broadcast_tensors ceil clamp_max clamp_max_ clamp_min clamp_min_ clone col2im cos cumsum diff div
 div_ dropout_ elu embedding erf exp expand_as expm1 eye feature_dropout fill_ flip floor floor_divide_ fmod gelu gelu_
-glu hardsigmoid hardsigmoid_ hardswish hardswish_ hardtanh hardtanh_ hypot im2col index index_add index_copy index_put_
-index_select is_nonzero isfinite item le leaky_relu leaky_relu_ lerp linalg_vector_norm linspace log log1p log_softmax
-logical_and logical_not logical_or lt masked_fill masked_fill_ masked_scatter masked_select max max_pool1d max_pool2d
-maximum mean meshgrid min minimum mish movedim mul mul_ narrow native_dropout ne neg new_empty new_full new_ones
-new_zeros nonzero norm numel numpy_T one_hot ones ones_like outer pad pixel_shuffle pixel_unshuffle pow prelu prod rand
-rand_like randn randperm reciprocal relu6 relu6_ remainder repeat repeat_interleave reshape_as resolve_conj roll round
-rsqrt rsub scatter scatter_add select_scatter selu sgn sigmoid sigmoid_ sign silu silu_ sin size slice_scatter softmax
-softplus sort sqrt square stack std sub sub_ sum swapaxes take_along_dim tanh tensor_split tile topk tril triu triu_
-type_as unbind unflatten unfold uniform_ unsafe_chunk unsafe_split upsample_bicubic2d _upsample_bicubic2d_aa
-upsample_linear1d var var_mean where zero_ zeros_like
+glu hardsigmoid hardsigmoid_ hardswish hardswish_ hardtanh hardtanh_ hypot im2col index index_add index_add_ index_copy
+index_put_ index_select is_nonzero isfinite item le leaky_relu leaky_relu_ lerp linalg_vector_norm linspace log log1p
+log_softmax logical_and logical_not logical_or lt masked_fill masked_fill_ masked_scatter masked_select max max_pool1d
+max_pool2d maximum mean meshgrid min minimum mish movedim mul mul_ narrow native_dropout ne neg new_empty new_full
+new_ones new_zeros nonzero norm numel numpy_T one_hot ones ones_like outer pad pixel_shuffle pixel_unshuffle pow prelu
+prod rand rand_like randn randperm reciprocal relu6 relu6_ remainder repeat repeat_interleave reshape_as resolve_conj
+roll round rsqrt rsub scatter scatter_add select_scatter selu sgn sigmoid sigmoid_ sign silu silu_ sin size
+slice_scatter softmax softplus sort sqrt square stack std sub sub_ sum swapaxes take_along_dim tanh tensor_split tile
+topk tril triu triu_ type_as unbind unflatten unfold uniform_ unsafe_chunk unsafe_split upsample_bicubic2d
+_upsample_bicubic2d_aa upsample_linear1d var var_mean where zero_ zeros_like
 """
 ZERO_FLOPS = frozenset(f"aten::{name}" for name in _ZERO_NAMES.split())
 

@@ -4,17 +4,16 @@ Who goes into whom is bipartite soft matching (Bolya et al., "Token Merging: You
 the site's own input, at most a third of the tokens a round, and undone behind the site: the grid stays, nothing has to
 be fitted, no state passes from site to site.
 
-Shape suffixes: B batch (times groups), P prefix tokens, M tokens of a group, C channels, R tokens that go in a round, A
-tokens that may go, D tokens that may receive.
+Shape suffixes: B batch, G groups of all images, N tokens, K tokens that are left, M patches of a group, C channels; of
+a round: A patches that may go, R that go, D that may receive.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -95,23 +94,13 @@ class Merged(Standin):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x, given = self._bind(args, kwargs)
         spec = self.spec
-        prefix_BPC, patches_BNC = self._split(x)
-        batch, _, channels = patches_BNC.shape  # len() would make a number of a batch of any size
-        grouped_BMC = patches_BNC.reshape(batch * spec.groups, spec.count, channels)
-        index_BM, sums_BKC, size_BK = match(grouped_BMC, self.schedule, self.watch)
-        merged_BNC = (sums_BKC / size_BK[..., None]).reshape(batch, -1, channels)
+        fewer = merge(self._sequence(x), spec.prefix, spec.groups, self.schedule, watch=self.watch)
         if spec.sizes is not None:
-            size_BN = F.pad(size_BK.reshape(batch, -1), (spec.prefix, 0), value=1.0)
-            given[spec.sizes.argument] = spec.sizes.mask(size_BN)
-        if spec.prefix:
-            merged_BNC = torch.cat((prefix_BPC, merged_BNC), 1)
-        fewer = arranged(merged_BNC, spec.arrangement)
-        found = self.host(fewer, **{name: fewer if value is x else value for name, value in given.items()})
-        out_BNC = as_sequence(found if isinstance(found, Tensor) else found[0], spec.arrangement)
-        heard_BPC, answers_BNC = out_BNC[:, : spec.prefix], out_BNC[:, spec.prefix :]
-        spread_BNC = rows(answers_BNC.reshape(-1, spec.keep, channels), index_BM).reshape(batch, -1, channels)
-        whole_BNC = torch.cat((heard_BPC, spread_BNC), 1) if spec.prefix else spread_BNC
-        whole = arranged(whole_BNC, spec.arrangement, x.shape)
+            given[spec.sizes.argument] = spec.sizes.mask(fewer.size_BK)
+        inner = arranged(fewer.tokens_BKC, spec.arrangement)
+        found = self.host(inner, **{name: inner if value is x else value for name, value in given.items()})
+        out_BKC = as_sequence(found if isinstance(found, Tensor) else found[0], spec.arrangement)
+        whole = arranged(fewer.spread(out_BKC), spec.arrangement, x.shape)
         return whole if isinstance(found, Tensor) else (whole, None)
 
     def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
@@ -135,8 +124,7 @@ class Merged(Standin):
             )
         return x, given
 
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """-> (prefix_BPC, patches_BNC)."""
+    def _sequence(self, x: Tensor) -> Tensor:
         spec = self.spec
         tokens_BNC = as_sequence(x, spec.arrangement)
         expected = spec.prefix + spec.groups * spec.count
@@ -145,7 +133,7 @@ class Merged(Standin):
                 f"tokens '{spec.arrangement}'", f"{tokens_BNC.shape[1]} tokens", f"{expected} tokens",
                 ANOTHER_SIZE,
             )  # fmt: skip
-        return tokens_BNC[:, : spec.prefix], tokens_BNC[:, spec.prefix :]
+        return tokens_BNC
 
     def extra_repr(self) -> str:
         spec = self.spec
@@ -180,49 +168,87 @@ def _after(count: int, parts: int, times: int) -> int:
     return count
 
 
-def match(tokens_BMC: Tensor, schedule: Sequence[Round], watch: Watch | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Merge similar tokens of every row of a batch.
+class Fewer(NamedTuple):
+    """Tokens after a merge.
+
+    Args:
+        tokens_BKC: prefix tokens, then the means of the patches that went together, group by group.
+        size_BK: how many tokens each stands for.
+        row_N: which row of all tokens_BKC, one behind the other, stands for each row of all tokens at first.
+    """
+
+    tokens_BKC: Tensor
+    size_BK: Tensor
+    row_N: Tensor
+
+    def spread(self, answers_BKC: Tensor) -> Tensor:
+        """Every token that there was gets the answer of the one that stands for it: [B, N, C]."""
+        batch, _, channels = answers_BKC.shape
+        # whole rows are copied: on a CPU ten times faster than `gather`
+        return answers_BKC.reshape(-1, channels).index_select(0, self.row_N).reshape(batch, -1, channels)
+
+
+def merge(
+    tokens_BNC: Tensor,
+    prefix: int,
+    groups: int,
+    schedule: Sequence[Round],
+    *,
+    before: Fewer | None = None,
+    watch: Watch | None = None,
+) -> Fewer:
+    """Merge similar patches of every group of every image; prefix tokens are left alone.
 
     In a round every other token looks for the most similar one (cosine) among the others; the most similar pairs merge.
 
     Args:
-        tokens_BMC: the tokens.
+        tokens_BNC: prefix tokens, then the patches.
+        prefix, groups: how many there are.
         schedule: the rounds; told as numbers, since a tracer would take a shape for a value that changes.
+        before: the merge that these tokens come from, which the new one then goes on from; None: there was none.
         watch: see `Merged`.
-
-    Returns:
-        index_BM: which of the tokens that are left stands for each; sums_BKC: the sum of those it stands for; size_BK:
-        how many these are.
     """
-    batch, sums_BMC, index_BM = tokens_BMC.shape[0], tokens_BMC, None
-    half = torch.arange(schedule[0][0], device=tokens_BMC.device) // 2  # 0 0 1 1 2 2 ...
+    batch, _, channels = tokens_BNC.shape  # len() would make a number of a batch of any size
+    sums_BNC = tokens_BNC if before is None else tokens_BNC * before.size_BK[..., None]
+    each_BN = torch.ones_like(tokens_BNC[..., 0]) if before is None else before.size_BK
+    row_N = None
     for count, going in schedule:
-        # Cosines of sums, which point where the means do; a sender's own length does not change its choice.
-        length_BM = torch.linalg.vector_norm(sums_BMC, dim=-1).clamp_min(1e-12)
-        products_BAD = torch.bmm(sums_BMC[:, ::2], sums_BMC[:, 1::2].transpose(1, 2)) / length_BM[:, None, 1::2]
-        best_BA, partner_BA = products_BAD.max(-1)
-        best_BA = best_BA / length_BM[:, ::2]
-        if watch is not None:
-            watch(best_BA, products_BAD / length_BM[:, ::2, None], going)
-        staying = -(-count // 2) - going
-        order_BA = best_BA.argsort(-1)  # those that stay come first
-        to_BR = partner_BA.gather(1, order_BA[:, staying:])
-        place_BA = 2 * order_BA
-        kept_BSC, gone_BRC = torch.split(rows(sums_BMC, place_BA), [staying, going], 1)
-        received_BDC = sums_BMC[:, 1::2].scatter_add(1, to_BR[..., None].expand_as(gone_BRC), gone_BRC)
-        sums_BMC = torch.cat((kept_BSC, received_BDC), 1)
-        # Behind this round those that stay come first, then the receivers.
-        of_senders_BA = torch.cat((half[: 2 * staying : 2].expand(batch, -1), to_BR + staying), 1)
-        new_BM = (half[:count] + staying).expand(batch, -1).scatter(1, place_BA, of_senders_BA)
-        index_BM = new_BM if index_BM is None else new_BM.gather(1, index_BM)
-    assert index_BM is not None
-    size_BK = sums_BMC.new_zeros(sums_BMC.shape[:2]).scatter_add(1, index_BM, torch.ones_like(tokens_BMC[..., 0]))
-    return index_BM, sums_BMC, size_BK
+        left = prefix + groups * (count - going)
+        then_N = _then(sums_BNC, prefix, groups, count, going, watch)
+        # Rows are added up by their numbers: on a CPU in a tenth of the time of `scatter_add`.
+        sums_KC = sums_BNC.new_zeros(batch * left, channels).index_add_(0, then_N, sums_BNC.reshape(-1, channels))
+        sums_BNC = sums_KC.reshape(batch, left, channels)
+        row_N = then_N if row_N is None else then_N.index_select(0, row_N)
+    assert row_N is not None
+    size_BK = torch.zeros_like(sums_BNC[..., 0])
+    size_BK = size_BK.flatten().index_add_(0, row_N, each_BN.flatten()).reshape(size_BK.shape)
+    row_N = row_N if before is None else row_N.index_select(0, before.row_N)
+    return Fewer(sums_BNC.div_(size_BK[..., None]), size_BK, row_N)
 
 
-def rows(tokens_BNC: Tensor, index_BM: Tensor) -> Tensor:
-    """tokens[b, index[b, m]] -> [B, M, C]; whole rows are copied, ten times faster on a CPU than `gather`."""
-    batch, count, channels = tokens_BNC.shape
-    first_B1 = torch.arange(batch, device=index_BM.device)[:, None] * count
-    flat = tokens_BNC.reshape(-1, channels).index_select(0, (index_BM + first_B1).flatten())
-    return flat.reshape(batch, -1, channels)
+def _then(sums_BNC: Tensor, prefix: int, groups: int, count: int, going: int, watch: Watch | None) -> Tensor:
+    """Which row of all tokens behind a round each row before it goes into."""
+    (batch, _, channels), device, left = sums_BNC.shape, sums_BNC.device, count - going
+    patches_GMC = sums_BNC[:, prefix:].reshape(batch * groups, count, channels)
+    # Cosines of sums, which point where the means do; a sender's own length does not change its choice.
+    length_GM = torch.linalg.vector_norm(patches_GMC, dim=-1).clamp_min(1e-12)
+    products_GAD = torch.bmm(patches_GMC[:, ::2], patches_GMC[:, 1::2].transpose(1, 2)).div_(length_GM[:, None, 1::2])
+    best_GA, partner_GA = products_GAD.max(-1)
+    best_GA = best_GA / length_GM[:, ::2]
+    if watch is not None:
+        watch(best_GA, products_GAD / length_GM[:, ::2, None], going)
+    staying = best_GA.shape[1] - going
+    order_GA = best_GA.topk(staying + going, largest=False).indices  # all of them; those that stay come first
+    to_GR = partner_GA.gather(1, order_GA[:, staying:])
+    # Behind the round those that stay come first, then the receivers.
+    half_M = torch.arange(count, device=device) // 2  # 0 0 1 1 2 2 ...
+    of_senders_GA = torch.cat((half_M[: 2 * staying : 2].expand(batch * groups, -1), to_GR + staying), 1)
+    then_GM = (half_M + staying).expand(batch * groups, -1).scatter(1, 2 * order_GA, of_senders_GA)
+    first_B1 = torch.arange(batch, device=device)[:, None] * (prefix + groups * left)
+    if groups > 1:
+        then_GM = then_GM.reshape(batch, groups, count) + torch.arange(groups, device=device)[:, None] * left
+    then_BN = then_GM.reshape(batch, -1) + (first_B1 + prefix)
+    if prefix:
+        then_BN = torch.cat((first_B1 + torch.arange(prefix, device=device), then_BN), 1)
+    then_N: Tensor = then_BN.flatten()
+    return then_N

@@ -4,22 +4,20 @@ Between the attention and the FFN of a block similar tokens become their mean (B
 But Faster", ICLR 2023), and attentions heed how many each stands for. A pre-norm block has no seam there, so its two
 residual lines, x + after(module(before(x))), are stated again; its modules stay where they are.
 
-Shape suffixes: B batch, P prefix tokens, N tokens, M patches of the original grid, C channels.
+Shape suffixes: B batch, N tokens, K tokens that are left, C channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Annotated, Any
 
-import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from .errors import LayoutMismatch, UnsupportedArgument
-from .merging import ANOTHER_SIZE, Round, Watch, match, rounds, rows
+from .merging import ANOTHER_SIZE, Watch, merge, rounds
 from .ops import Path, Sizes, Spec, Width
 
 _AT_ALL = "A hybrid that merges tokens through the network runs its blocks as one: convert without merge_tokens."
@@ -122,22 +120,22 @@ class MergedStream(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._check(x, args, kwargs)
-        spec, merged = self.spec, None
+        spec, fewer = self.spec, None
         for name, block in self._modules.items():
             assert block is not None
             schedule = self.schedules.get(name)
-            if merged is None and schedule is None:
+            if fewer is None and schedule is None:
                 x = block(x, *args, **kwargs)
                 continue
             more: dict[str, Tensor] = {}
-            if merged is not None and spec.sizes is not None:
-                more[spec.sizes.argument] = spec.sizes.mask(merged.size_BN)
+            if fewer is not None and spec.sizes is not None:
+                more[spec.sizes.argument] = spec.sizes.mask(fewer.size_BK)
             x = spec.attention.run(block, x, **more)
             if schedule is not None:
-                merged = (merged or _Merged.none(x, spec)).further(x, schedule, self.watch)
-                x = merged.x_BNC
+                fewer = merge(x, spec.prefix, spec.groups, schedule, before=fewer, watch=self.watch)
+                x = fewer.tokens_BKC
             x = spec.ffn.run(block, x)
-        return x if merged is None else merged.restored(x)
+        return x if fewer is None else fewer.spread(x)
 
     def _check(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         extra = [str(i) for i, value in enumerate(args, 1) if value is not None and value is not False]
@@ -168,37 +166,6 @@ class MergedStream(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{drop.keep} patches behind the attention of {drop.block}" for drop in self.spec.drops)
-
-
-class _Merged:
-    """Tokens of a stream, how many each stands for, and which of them stands for each patch of the grid."""
-
-    def __init__(self, spec: Stream, count: int, x_BNC: Tensor, size_BN: Tensor, index_BM: Tensor | None) -> None:
-        self.spec, self.count = spec, count
-        self.x_BNC, self.size_BN, self.index_BM = x_BNC, size_BN, index_BM
-
-    @classmethod
-    def none(cls, x_BNC: Tensor, spec: Stream) -> _Merged:
-        return cls(spec, spec.count, x_BNC, torch.ones_like(x_BNC[..., 0]), None)
-
-    def further(self, x_BNC: Tensor, schedule: Sequence[Round], watch: Watch | None) -> _Merged:
-        spec, (batch, _, channels) = self.spec, x_BNC.shape
-        size_BM = self.size_BN[:, spec.prefix :].reshape(batch * spec.groups, self.count)
-        patches_BMC = x_BNC[:, spec.prefix :].reshape(batch * spec.groups, self.count, channels)
-        index_BM, sums_BKC, _ = match(patches_BMC * size_BM[..., None], schedule, watch)
-        keep = self.count - sum(going for _, going in schedule)
-        fewer_BK = size_BM.new_zeros(sums_BKC.shape[:2]).scatter_add(1, index_BM, size_BM)
-        merged_BNC = (sums_BKC / fewer_BK[..., None]).reshape(batch, -1, channels)
-        size_BN = F.pad(fewer_BK.reshape(batch, -1), (spec.prefix, 0), value=1.0)
-        if self.index_BM is not None:
-            index_BM = index_BM.gather(1, self.index_BM)
-        return _Merged(spec, keep, torch.cat((x_BNC[:, : spec.prefix], merged_BNC), 1), size_BN, index_BM)
-
-    def restored(self, x_BNC: Tensor) -> Tensor:
-        spec, (batch, _, channels) = self.spec, x_BNC.shape
-        assert self.index_BM is not None
-        patches_BMC = rows(x_BNC[:, spec.prefix :].reshape(-1, self.count, channels), self.index_BM)
-        return torch.cat((x_BNC[:, : spec.prefix], patches_BMC.reshape(batch, -1, channels)), 1)
 
 
 __all__ = ["Drop", "Line", "MergedStream", "Stream"]

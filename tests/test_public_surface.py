@@ -55,6 +55,7 @@ NAMES = [
     "save",
     "solve",
     "spvit",
+    "streamline",
     "sweep",
     "testing",
     "train_gates",

@@ -12,8 +12,6 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from msa2conv.merging import rows
-
 
 class TokenMerging(nn.Module):
     """A ViT whose blocks merge `schedule[i]` tokens each.
@@ -73,9 +71,21 @@ def _merge(metric_BMD: Tensor, x_BNC: Tensor, size_BN: Tensor, going: int) -> tu
     to_BR = partner_BA.gather(1, goes_BR)
     weighed_BNC, patch_sizes = x_BNC * size_BN[..., None], size_BN[:, 1:]
     senders, receivers = weighed_BNC[:, 1::2], weighed_BNC[:, 2::2]
-    gone_BRC = rows(senders, goes_BR)
-    received_BDC = receivers.scatter_add(1, to_BR[..., None].expand_as(gone_BRC), gone_BRC)
+    added_RC = receivers.reshape(-1, receivers.shape[2]).index_add(
+        0, _flat(to_BR, receivers.shape[1]), _rows(senders, goes_BR).flatten(0, 1)
+    )
+    received_BDC = added_RC.reshape(receivers.shape)
     sizes_BD = patch_sizes[:, 1::2].scatter_add(1, to_BR, patch_sizes[:, ::2].gather(1, goes_BR))
     size_BN = torch.cat((size_BN[:, :1], patch_sizes[:, ::2].gather(1, stays_BS), sizes_BD), 1)
-    summed_BNC = torch.cat((weighed_BNC[:, :1], rows(senders, stays_BS), received_BDC), 1)
+    summed_BNC = torch.cat((weighed_BNC[:, :1], _rows(senders, stays_BS), received_BDC), 1)
     return summed_BNC / size_BN[..., None], size_BN
+
+
+def _rows(tokens_BNC: Tensor, index_BM: Tensor) -> Tensor:
+    """tokens[b, index[b, m]] -> [B, M, C]; whole rows are copied, as in msa2conv itself."""
+    batch, count, channels = tokens_BNC.shape
+    return tokens_BNC.reshape(-1, channels).index_select(0, _flat(index_BM, count)).reshape(batch, -1, channels)
+
+
+def _flat(index_BM: Tensor, count: int) -> Tensor:
+    return (index_BM + torch.arange(len(index_BM), device=index_BM.device)[:, None] * count).flatten()

@@ -14,16 +14,17 @@ from torch import nn
 
 from .. import api, tradeoff
 from ..adapters.build import create, preprocessing
+from ..conversion import Conversion
 from ..data import transform
 from ..data.sources import images_at
 from ..errors import InvalidArgument, InvalidOutputPath
 from ..exporting import export_onnx, export_program
 from ..files import check_writable
+from ..folding import streamline
 from ..inspection import Inspection
 from ..plan import Preprocessing
 from ..search.calibrate import Calibration
 from ..search.resume import discard
-from ..storage import load, read_plan
 from ..tradeoff import TARGETS
 from ..workbench import usable_device
 from .evaluate import evaluate_command, report
@@ -179,14 +180,19 @@ def export(
     dynamic_batch: Annotated[bool, typer.Option(help="Let the batch have any size, not one image.")] = False,
     fp16: Annotated[bool, typer.Option(help="ONNX in half precision.")] = False,
     opset: Annotated[int | None, typer.Option(help="Of ONNX; default: PyTorch's choice.")] = None,
+    exact_passes: Annotated[bool, typer.Option("--streamline/--as-it-is", help="Apply `msa2conv.streamline`.")] = True,
 ) -> None:
     """Write a hybrid as ONNX or as a PyTorch program, neither of which needs msa2conv, and check it on photos."""
     if onnx is None and program is None:
         raise InvalidArgument(
             "export", "neither --onnx nor --program", "a file to write", "For example --onnx out.onnx."
         )
-    hybrid, size = load(path), read_plan(path).base.input_size
-    example = torch.zeros(1, *size)
+    hybrid = Conversion.load(path)
+    if exact_passes:
+        hybrid = streamline(hybrid)
+        for name, sites in hybrid.report.streamlined.items():
+            show(f"{name}: {sites} sites")
+    example = torch.zeros(1, *hybrid.plan.base.input_size)
     if onnx is not None:
         show(export_onnx(hybrid, onnx, example_inputs=example, dynamic_batch=dynamic_batch, half=fp16, opset=opset))
     if program is not None:

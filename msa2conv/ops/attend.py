@@ -77,5 +77,12 @@ class AttendMixer(TokenMixer):
         q, k, v = (
             layer(tokens_BNC).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v)
         )
-        found_BKNV = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
-        return found_BKNV.transpose(1, 2).flatten(2)
+        return _attention(q, k, v, mask, self.scale).transpose(1, 2).flatten(2)
+
+
+def _attention(q_BKNE: Tensor, k_BKNE: Tensor, v_BKNV: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """On a CPU, PyTorch fuses attention for queries as wide as values only; what it does else looks for empty rows."""
+    if q_BKNE.device.type != "cpu" or q_BKNE.shape[-1] == v_BKNV.shape[-1]:
+        return F.scaled_dot_product_attention(q_BKNE, k_BKNE, v_BKNV, attn_mask=mask, scale=scale)
+    scores_BKNN = (q_BKNE * scale) @ k_BKNE.transpose(2, 3)
+    return (scores_BKNN if mask is None else scores_BKNN + mask).softmax(-1) @ v_BKNV

@@ -41,6 +41,7 @@ class Report(BaseModel):
     locality: of the original's heads.
     search: lines of the log of a gate search.
     training: what a fine-tuning did since, None without.
+    streamlined: {exact pass of `streamline`: at how many sites it did something}.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -75,6 +76,7 @@ class Report(BaseModel):
     locality: list[Locality] = []
     search: list[dict[str, Any]] = []
     training: Training | None = None
+    streamlined: dict[str, int] = {}
 
     @classmethod
     def from_json(cls, text: str, where: str) -> Report:
@@ -136,6 +138,8 @@ class Report(BaseModel):
         lines += [f"warning: {text}" for text in self.warnings]
         if self.training is not None:
             lines.append(str(self.training))
+        if self.streamlined:
+            lines.append("streamlined: " + ", ".join(f"{name} ({sites})" for name, sites in self.streamlined.items()))
         return "\n".join(lines)
 
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from ..ops import Conv, ConvMixer
 from ..plan import Edit, Replace
 from .apply import replace_submodule, submodule
+from .merge_linear import joined
+from .restate import restated
 
 
 def fold_norms(edits: tuple[Edit, ...], model: nn.Module) -> tuple[tuple[Edit, ...], nn.Module]:
@@ -37,22 +39,18 @@ def fold_norms(edits: tuple[Edit, ...], model: nn.Module) -> tuple[tuple[Edit, .
 
 @torch.no_grad()
 def _without_norm(old: ConvMixer, edit: Replace) -> nn.Module:
-    like = next(old.parameters())
-    new = edit.spec.build(edit.io).to(like.device, like.dtype).train(old.training)
+    assert isinstance(edit.spec, Conv) and isinstance(old.expand, nn.Conv2d) and old.expand.bias is not None
     state = {name: value for name, value in old.state_dict().items() if not name.startswith("norm.")}
     scale_R, shift_R = _affine(old.norm)
     state["reduce.weight"] = old.reduce.weight * scale_R[:, None, None, None]
     bias_R = shift_R if old.reduce.bias is None else shift_R + scale_R * old.reduce.bias
-    if "reduce.bias" in new.state_dict():
+    if edit.spec.act is not None:
         state["reduce.bias"] = bias_R
-    else:  # nothing stands between the two convolutions now: the second one's bias takes it all
-        state.pop("reduce.bias", None)
-        assert isinstance(old.expand, nn.Conv2d) and old.expand.bias is not None
-        state["expand.bias"] = old.expand.bias + old.expand.weight[:, :, 0, 0] @ bias_R
-    new.load_state_dict(state)
-    for name, parameter in new.named_parameters():
-        parameter.requires_grad_(old.get_parameter(name).requires_grad)
-    return new
+        return restated(edit, old, state)
+    # nothing stands between the two convolutions now: the second one's bias takes it all
+    state.pop("reduce.bias", None)
+    state["expand.bias"] = old.expand.bias + old.expand.weight[:, :, 0, 0] @ bias_R
+    return restated(edit, old, state if edit.spec.bottleneck else joined(state))
 
 
 def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -39,6 +39,8 @@ def test_outputs_stay_and_the_plan_holds(name: str, tmp_path: Path) -> None:
     assert (expected - found).abs().max() <= 1e-4 * max(1, expected.abs().max())
     assert msa2conv.count_flops(after.model, pictures) == after.plan.flops < before.plan.flops
     assert after.report.flops_after == after.plan.flops and after.plan.choices == before.plan.choices
+    rest, sites = before.plan.flops - sum(site.after for site in before.report.sites), after.report.sites
+    assert rest + sum(site.after for site in sites) == after.plan.flops  # what sites take is told anew
     after.save(tmp_path)
     assert before.original is not None and same(msa2conv.load(tmp_path, before.original), after.model)
     assert msa2conv.fold_norms(after) is after

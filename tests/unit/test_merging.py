@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from msa2conv.errors import LayoutMismatch, UnsupportedArgument
 from msa2conv.laws import decision_margins
-from msa2conv.merging import Merge, Merged, match, rounds
+from msa2conv.merging import Merge, Merged, merge, rounds
 from msa2conv.ops import IO, Arrangement, Sizes, arranged, as_sequence
 
 IO_TIMM = IO(x="x", positional=("attn_mask", "is_causal"))
@@ -58,14 +58,14 @@ def by_hand(tokens_MC: Tensor, keep: int) -> list[set[int]]:
 def test_who_merges_with_whom_is_what_a_loop_finds(count: int, share: float, channels: int, seed: int) -> None:
     tokens_BMC = noise(2, count, channels, seed=seed).double()
     keep = min(count - 1, max(1, round(share * count)))
-    index_BM, sums_BKC, size_BK = match(tokens_BMC, rounds(count, keep))
-    assert index_BM.shape == (2, count) and size_BK.shape == (2, keep)
-    for image in range(2):
-        together = [set((index_BM[image] == token).nonzero().flatten().tolist()) for token in range(keep)]
+    means_BKC, size_BK, row_N = merge(tokens_BMC, 0, 1, rounds(count, keep))
+    assert row_N.shape == (2 * count,) and size_BK.shape == (2, keep)
+    for image, index_M in enumerate(row_N.reshape(2, count)):
+        together = [set((index_M == image * keep + token).nonzero().flatten().tolist()) for token in range(keep)]
         assert sorted(map(sorted, together)) == sorted(map(sorted, by_hand(tokens_BMC[image], keep)))
         for token, group in enumerate(together):
             assert size_BK[image, token] == len(group)
-            torch.testing.assert_close(sums_BKC[image, token], tokens_BMC[image, sorted(group)].sum(0))
+            torch.testing.assert_close(means_BKC[image, token], tokens_BMC[image, sorted(group)].mean(0))
 
 
 @given(count=st.integers(4, 300), keep=st.integers(1, 299))

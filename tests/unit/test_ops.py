@@ -13,6 +13,7 @@ from msa2conv.errors import LayoutMismatch, UnsupportedArgument
 from msa2conv.layouts import Layout
 from msa2conv.ops import (
     IO,
+    Attend,
     AttendPrefix,
     Constant,
     Conv,
@@ -23,6 +24,7 @@ from msa2conv.ops import (
     PassPrefix,
     PrefixAttention,
     RidgePrefix,
+    Sizes,
     Skip,
 )
 
@@ -264,3 +266,17 @@ def test_a_new_window_size_is_refused() -> None:
     mixer.set_window_size(3)
     with pytest.raises(LayoutMismatch, match="4, 4"):
         mixer.set_window_size((4, 4))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("widths", [(3, 5), (5, 3), (4, 4)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_any_widths_is_softmax_attention(widths: tuple[int, int], masked: bool) -> None:
+    sizes = Sizes(argument="attn_mask")
+    spec = Attend(dim=DIM, heads=2, qk_dim=widths[0], v_dim=widths[1], scale=0.7, sizes=sizes)
+    mixer, x = randomised(spec.build(IO(positional=("attn_mask",)))), torch.randn(2, 7, DIM)
+    mask = sizes.mask(torch.randint(1, 5, (2, 7)).float()) if masked else None
+    q, k, v = (layer(x).unflatten(-1, (2, -1)).transpose(1, 2).double() for layer in (mixer.q, mixer.k, mixer.v))
+    scores = 0.7 * torch.einsum("bkne,bkme->bknm", q, k) + (mask if mask is not None else 0)
+    read = torch.einsum("bknm,bkmv->bnkv", scores.softmax(-1), v).flatten(2)
+    torch.testing.assert_close(mixer(x, mask), mixer.proj(read.float()))

@@ -1,0 +1,50 @@
+"""Bottlenecks without anything in between, as one convolution where that takes fewer multiply-adds."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import Conv, ConvMixer
+from ..plan import Edit, Replace
+from .apply import replace_submodule, submodule
+from .restate import restated
+
+
+def merge_linear(edits: tuple[Edit, ...], model: nn.Module) -> tuple[tuple[Edit, ...], nn.Module]:
+    """C -> rank -> C becomes C -> C where the rank is wide: of 1x1 convolutions from C / 2 on.
+
+    Args:
+        edits: of the Plan that made `model`.
+        model: a hybrid; not touched.
+
+    Returns:
+        (edits of the merged network, a copy of it).
+    """
+    merged = copy.deepcopy(model)
+    found: list[Edit] = []
+    for edit in edits:
+        if isinstance(edit, Replace) and isinstance(edit.spec, Conv) and _cheaper(edit.spec):
+            old = submodule(merged, edit.path)
+            assert isinstance(old, ConvMixer)
+            edit = edit.model_copy(update={"spec": edit.spec.model_copy(update={"rank": edit.spec.dim}), "start": None})
+            replace_submodule(merged, edit.path, restated(edit, old, joined(old.state_dict())))
+        found.append(edit)
+    return tuple(found), merged
+
+
+def _cheaper(spec: Conv) -> bool:
+    linear, area = spec.norm is None and spec.act is None, spec.kernel**2
+    return linear and spec.bottleneck and area * spec.dim < spec.rank * (area + 1)
+
+
+@torch.no_grad()
+def joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values of a linear `ConvMixer` with its second convolution worked into the first, which has no bias."""
+    expand_OR, reduce_RIHW = state["expand.weight"][:, :, 0, 0], state["reduce.weight"]
+    weight_OIHW = torch.einsum("or,rihw->oihw", expand_OR.double(), reduce_RIHW.double())
+    others = {name: value for name, value in state.items() if not name.startswith(("reduce.", "expand."))}
+    return {**others, "reduce.weight": weight_OIHW.to(reduce_RIHW), "reduce.bias": state["expand.bias"]}
