@@ -88,6 +88,8 @@ def filled(text: str, results: Path = RESULTS) -> str:
 
     def fill(match: re.Match[str]) -> str:
         found = read_tier(match[2], results)
+        if not found:
+            return f"{match[1]}Nothing has been run yet.\n{match[3]}"
         note = f"Top-1 after fine-tuning, {len(found)} runs; more in [docs/benchmarks](docs/benchmarks/{match[2]}.md)."
         return f"{match[1]}{league(found, grid_only=False)}\n\n{note}\n{match[3]}"
 
