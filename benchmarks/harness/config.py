@@ -33,7 +33,7 @@ class Experiment(BaseModel):
         teacher: whose answers are learned beside the labels.
         train_images, test_images: how many at most; None: all.
         calibration_images: training images that a method without training may look at.
-        latency_rounds: how often every network is timed.
+        latency_rounds: how often every network is timed in batches; ten times as often one image at a time.
         about: a sentence for the table.
 
     Example:

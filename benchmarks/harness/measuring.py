@@ -22,6 +22,7 @@ from .data import Split
 from .result import Quality, Speed
 
 BATCHES = (1, 32)
+_OFTENER = 10
 _BLOCK = re.compile(r"^(?:\w+\.)*?((?:blocks|layers)\.\d+(?:\.blocks\.\d+)?)$")
 
 
@@ -74,7 +75,8 @@ def speed(model: nn.Module, parent: nn.Module, example: Tensor, rounds: int) -> 
     for batch in BATCHES:
         inputs = example.expand(batch, *example.shape[1:]).contiguous()
         calls = {"model": partial(model, inputs), "parent": partial(parent, inputs)}
-        samples = interleaved(calls, example.device, rounds)
+        # single images are quick, and the more easily disturbed
+        samples = interleaved(calls, example.device, rounds if batch > 1 else _OFTENER * rounds)
         mine, theirs = samples.timing("model"), samples.timing("parent")
         found[batch] = Speed(
             ratio=samples.ratio("model", "parent"), seconds=mine.seconds, spread=mine.spread,

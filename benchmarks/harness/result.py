@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -175,6 +176,7 @@ def _read(path: Path, kind: Any) -> Any:
     return found
 
 
+@cache
 def git_sha() -> str:
     """Of the code that runs, with "+" where it was altered; "unknown" outside a clone."""
     try:
