@@ -227,6 +227,27 @@ def shrunk(parent: nn.Module) -> nn.Module:
     return method_of("vbp").shrink(parent, budget, context)
 
 
+class Undecided(nn.Module):
+    """Says something else of one image where it is not alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x.flatten(1)[:, :10].clone()
+        out[x.flatten(1)[:, 0] == 99, 1] = 200.0 if len(x) > 1 else 0.0
+        return out + 0 * self.bias
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(1))
+
+
+def test_one_image_whose_class_depends_on_the_batch_is_enough() -> None:
+    images = torch.rand(128, 1, 4, 4)
+    images[5, 0, 0, 0] = 99
+    labels = images.flatten(1)[:, :10].argmax(1)
+    with pytest.raises(rules.RuleBroken, match=r"accuracy of 100\.00% one by one and 99\.22% in shuffled batches"):
+        rules.check_batch_invariance(Undecided().eval(), images, labels)
+
+
 def test_counters_that_disagree() -> None:
     with pytest.raises(rules.RuleBroken, match=r"FLOPs: found 1,000 multiply-adds by msa2conv, 1,100 by torch"):
         rules.check_counters(1000, 1100)
