@@ -8,11 +8,14 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -20,12 +23,12 @@ import msa2conv
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.harness import checking, documents, plots, rules, runner
+from benchmarks.harness import checking, documents, measuring, plots, rules, runner
 from benchmarks.harness.cli import main
 from benchmarks.harness.config import DENSE, Experiment, find_experiments, read_experiment
 from benchmarks.harness.data import Arrays, Data, read
 from benchmarks.harness.measuring import torch_flops
-from benchmarks.harness.parents import load_parent, parent_of
+from benchmarks.harness.parents import PARENTS, load_parent, parent_of
 from benchmarks.harness.result import Failure, Name, Result, read_tier
 from benchmarks.harness.training import Schedule, train
 from benchmarks.methods import Context, Method, method_of, methods
@@ -462,6 +465,62 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
         load_parent("vit_tiny")
     with pytest.raises(msa2conv.errors.InvalidCheckpoint, match=r"python -m benchmarks train swin_fashion"):
         load_parent("swin_fashion", tmp_path / "none.safetensors")
+
+
+@pytest.fixture
+def fashion(tmp_path: Path) -> Path:
+    """A folder with 64 made-up images under the name of Fashion-MNIST."""
+    draw = np.random.default_rng(0)
+    arrays = {f"{part}_x": draw.integers(0, 256, (64, 28, 28), dtype="uint8") for part in ("train", "test")}
+    arrays |= {f"{part}_y": draw.integers(0, 10, 64, dtype="uint8") for part in ("train", "test")}
+    np.savez(tmp_path / "fashion_mnist.npz", **arrays)
+    return tmp_path
+
+
+def test_the_command_line_trains_runs_and_fails(
+    fashion: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PARENTS, "deit_fashion", replace(PARENTS["deit_fashion"], epochs=1))
+    monkeypatch.setattr(rules, "SAMPLE", 8)
+    monkeypatch.setattr(measuring, "_OFTENER", 1)
+    weights, data, out = fashion / "deit.safetensors", ["--data", str(fashion)], ["--out", str(fashion / "results")]
+    threads = ["--threads", "1"]
+    assert main(["train", "deit_fashion", *data, "-o", str(weights), *threads]) == 0
+    assert "on 64 test images of fashion_mnist" in capsys.readouterr().out
+    one = [
+        "run",
+        "small/deit_fashion",
+        "--budgets",
+        "0.7",
+        "--seeds",
+        "0",
+        "--weights",
+        str(weights),
+        "--quiet",
+        *threads,
+    ]
+    assert main([*one, "--methods", "vbp", *data, *out]) == 0
+    (result,) = read_tier("small", fashion / "results")
+    assert result.name.stem == "vbp-0.7-s0" and result.after is not None
+    monkeypatch.setattr(rules, "TOLERANCE", 0.0)
+    assert main([*one, "--methods", "ffn-taylor", *data, *out]) == 1
+    assert "RuleBroken: budget" in capsys.readouterr().out
+
+
+def test_a_folder_of_images_is_read(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        for label in ("a", "b"):
+            folder = tmp_path / "imagenet" / part / label
+            folder.mkdir(parents=True)
+            for index in range(2):
+                Image.new("RGB", (40, 40), (90 * index, 9, 9)).save(folder / f"{index}.png")
+    data = read("imagenet", tmp_path, 32, train_images=3)
+    split = replace(data.train, workers=0)
+    assert (len(data.train), len(data.test)) == (3, 4)
+    assert [len(labels) for _, labels in split.batches(2, seed=0)] == [2, 1]
+    images, _, answers = next(split.lessons(4, 0, nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))))
+    assert images.shape == (3, 3, 32, 32) and answers is not None and answers.shape == (3, 10)
+    assert sorted(data.test.sample(4)[1].tolist()) == [0, 0, 1, 1]
 
 
 def test_the_command_line_lists(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -148,7 +149,7 @@ class Folder:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     limit: int | None = None
-    workers: int = 8
+    workers: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
 
     def _dataset(self, training: bool) -> Dataset[Batch]:
         from timm.data import create_transform
