@@ -8,7 +8,7 @@ from pathlib import Path
 
 from msa2conv.files import write_text
 
-from .config import EXPERIMENTS, read_experiment
+from .config import EXPERIMENTS, Experiment, read_experiment
 from .result import RESULTS, ROOT, Failure, Result, read_failures, read_tier
 from .tables import experiment_tables, league, rows_of
 
@@ -35,7 +35,8 @@ def tier_document(tier: str, results: Sequence[Result], failures: Sequence[Failu
     lines = [f"# {tier}", "", "Written by `python -m benchmarks plot`; do not edit.", "", HEAD]
     for name in experiments:
         config = read_experiment(tier, name)
-        lines.append(f"- **{name}**: {config.about} {_training(config)}")
+        parent = next(result.parent.top1 for result in results if result.name.experiment == name)
+        lines.append(f"- **{name}**: {config.about} {_training(config)} {_noise(config, parent)}".rstrip())
     lines += ["", "## All methods", "", league(results, grid_only=False)]
     lines += ["", "## Methods that keep the grid of tokens", "", league(results, grid_only=True), "", "## Plots", ""]
     for name in experiments:
@@ -52,13 +53,19 @@ def picture(tier: str, experiment: str, what: str, docs: Path = DOCS) -> Path:
     return docs / f"{tier}-{experiment}-{what}.png"
 
 
-def _training(config: object) -> str:
-    epochs = getattr(config, "epochs", 0)
-    if not epochs:
+def _training(config: Experiment) -> str:
+    if not config.epochs:
         return "No training."
-    images = getattr(config, "train_images", None)
-    count = f" of {images:,} images" if images else ""
-    return f"Fine-tuning: {epochs} epochs{count}, a search included; the parent's answers and the labels."
+    count = f" of {config.train_images:,} images" if config.train_images else ""
+    return f"Fine-tuning: {config.epochs} epochs{count}, a search included; the parent's answers and the labels."
+
+
+def _noise(config: Experiment, top1: float) -> str:
+    """How much a top-1 says on so many test images."""
+    if config.test_images is None:
+        return ""
+    error = (top1 * (100 - top1) / config.test_images) ** 0.5
+    return f"{config.test_images:,} test images: the standard error of a top-1 is {error:.1f}, of differences less."
 
 
 def _plans(results: Sequence[Result]) -> list[str]:

@@ -111,7 +111,7 @@ def experiment_tables(results: Sequence[Result], failures: Sequence[Failure]) ->
 
 
 def league(results: Sequence[Result], grid_only: bool) -> str:
-    """Methods by their mean over all experiments and budgets that all of them have results for.
+    """Methods by their mean over all experiments and budgets; those that have no result somewhere are named below.
 
     Args:
         results: of a tier.
@@ -132,4 +132,6 @@ def league(results: Sequence[Result], grid_only: bool) -> str:
             text = figure.text(1)
             figures.append(f"**{text}**" if figure.mean == best[case] else text)
         lines.append([str(place), method, *figures, f"{means[method]:.1f}"])
-    return markdown(columns, lines)
+    missing = [method for method in dict.fromkeys(row.method for row in rows) if method not in whole]
+    note = f"\n\nNot ranked, since they have no result in some column: {', '.join(missing)}." if missing else ""
+    return markdown(columns, lines) + note
