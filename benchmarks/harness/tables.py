@@ -1,0 +1,137 @@
+"""Results -> rows -> Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+
+from .config import DENSE
+from .result import Failure, Result
+
+Key = tuple[str, float, str]  # experiment, budget, method
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A mean over seeds, and the standard deviation between them where there are several."""
+
+    mean: float
+    deviation: float | None
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Figure:
+        found = list(values)
+        return cls(mean(found), stdev(found) if len(found) > 1 else None)
+
+    def text(self, digits: int) -> str:
+        spread = "" if self.deviation is None else f" ± {self.deviation:.{digits}f}"
+        return f"{self.mean:.{digits}f}{spread}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one experiment with one budget, over its seeds."""
+
+    experiment: str
+    budget: float
+    method: str
+    results: tuple[Result, ...]
+
+    @property
+    def keeps_grid(self) -> bool:
+        return self.results[0].keeps_grid
+
+    @property
+    def before(self) -> Figure:
+        return Figure.of(result.before.top1 for result in self.results)
+
+    @property
+    def final(self) -> Figure:
+        return Figure.of(result.final.top1 for result in self.results)
+
+    @property
+    def kl(self) -> Figure:
+        return Figure.of(result.before.kl for result in self.results)
+
+    @property
+    def kept(self) -> Figure:
+        return Figure.of(result.kept for result in self.results)
+
+    def speed(self, batch: int) -> Figure:
+        return Figure.of(result.speed[batch].ratio for result in self.results)
+
+
+def rows_of(results: Iterable[Result]) -> list[Row]:
+    """Grouped by method; best first inside an experiment and a budget."""
+    groups: dict[Key, list[Result]] = defaultdict(list)
+    for result in results:
+        groups[result.name.experiment, result.name.budget, result.name.method].append(result)
+    rows = [Row(*key, tuple(sorted(group, key=lambda r: r.name.seed))) for key, group in groups.items()]
+    return sorted(rows, key=lambda row: (row.experiment, -row.budget, -row.final.mean, -row.before.mean, row.method))
+
+
+COLUMNS = (
+    "method", "grid kept", "top-1 before", "top-1", "KL before", "FLOPs", "M params", "time, batch 1", "time, batch 32",
+    "convert s", "train s", "seeds",
+)  # fmt: skip
+
+
+def cells(row: Row) -> list[str]:
+    """What a row shows."""
+    first, trained = row.results[0], any(result.after for result in row.results)
+    seconds = {stage: mean(result.seconds.get(stage, 0.0) for result in row.results) for stage in ("convert", "train")}
+    return [
+        row.method, "yes" if row.keeps_grid else "no", row.before.text(1), row.final.text(1) if trained else "",
+        row.kl.text(3), f"{row.kept.mean:.3f}", f"{first.parameters / 1e6:.2f}", f"{row.speed(1).mean:.2f}",
+        f"{row.speed(32).mean:.2f}", f"{seconds['convert']:.0f}", f"{seconds['train']:.0f}" if trained else "",
+        str(len(row.results)),
+    ]  # fmt: skip
+
+
+def markdown(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A table."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in (columns, ["---"] * len(columns), *lines))
+
+
+def experiment_tables(results: Sequence[Result], failures: Sequence[Failure]) -> str:
+    """All tables of a tier: one for every experiment and budget."""
+    parts, rows = [], rows_of(results)
+    dense = {row.experiment: row for row in rows if row.method == DENSE}
+    for experiment, budget in dict.fromkeys((row.experiment, row.budget) for row in rows if row.method != DENSE):
+        here = [row for row in rows if (row.experiment, row.budget) == (experiment, budget)]
+        lines = [cells(row) for row in [*([dense[experiment]] if experiment in dense else []), *here]]
+        parts += [f"### {experiment}, {budget:.0%} of the FLOPs", "", markdown(COLUMNS, lines), ""]
+        refused = [f for f in failures if (f.name.experiment, f.name.budget) == (experiment, budget)]
+        parts += [f"- {f.name.method}, seed {f.name.seed}: {f.error}" for f in refused]
+        parts += [""] if refused else []
+    return "\n".join(parts).strip()
+
+
+def league(results: Sequence[Result], grid_only: bool) -> str:
+    """Methods by their mean over all experiments and budgets; those that have no result somewhere are named below.
+
+    Args:
+        results: of a tier.
+        grid_only: of the methods that keep the grid of tokens.
+    """
+    rows = [row for row in rows_of(results) if row.method != DENSE and (row.keeps_grid or not grid_only)]
+    cases = list(dict.fromkeys((row.experiment, row.budget) for row in rows))
+    found = {(row.experiment, row.budget, row.method): row for row in rows}
+    whole = [m for m in dict.fromkeys(row.method for row in rows) if all((*case, m) in found for case in cases)]
+    columns = ["", "method", *(f"{experiment} {budget:.0%}" for experiment, budget in cases), "mean"]
+    means = {m: mean(found[(*case, m)].final.mean for case in cases) for m in whole}
+    best = {case: max((found[(*case, m)].final.mean for m in whole), default=math.nan) for case in cases}
+    lines = []
+    for place, method in enumerate(sorted(whole, key=lambda m: -means[m]), 1):
+        figures = []
+        for case in cases:
+            figure = found[(*case, method)].final
+            text = figure.text(1)
+            figures.append(f"**{text}**" if figure.mean == best[case] else text)
+        lines.append([str(place), method, *figures, f"{means[method]:.1f}"])
+    missing = [method for method in dict.fromkeys(row.method for row in rows) if method not in whole]
+    note = f"\n\nNot ranked, since they have no result in some column: {', '.join(missing)}." if missing else ""
+    return markdown(columns, lines) + note
