@@ -1,4 +1,4 @@
-"""Laws 1 to 8 of the architecture, for every tiny model. A law that breaks here is a bug, never a tolerance."""
+"""Laws 1 to 9 of the architecture, for every tiny model. A law that breaks here is a bug, never a tolerance."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from torch import Tensor, nn
 import msa2conv
 from msa2conv import errors
 from msa2conv.cost import count_flops
+from msa2conv.folding import PASSES
 from msa2conv.laws import decision_margins, surest
 from msa2conv.layouts import Layout
 from msa2conv.options import Option
-from msa2conv.plan import Plan
+from msa2conv.plan import Plan, Replace
 from msa2conv.search.solve import solve
 from msa2conv.sites import AttentionSite
+from msa2conv.transforms.apply import apply
 from msa2conv.transforms.lift import Supernet, lift
 
 TESTS = Path(__file__).parents[1]
@@ -441,3 +443,28 @@ def test_no_option_mixes_images(case: Case) -> None:
     for site in case.seen.claims.attentions:
         for option in every_kind(case.options[site.path]):
             assert_batch_invariant(case.with_option(option), case.images[:3])
+
+
+# Law 9
+
+
+def test_optional_passes_do_not_change_the_output(case: Case) -> None:
+    """One after the other, on the chosen plan and on random ones; and their edits alone make the same network again."""
+    hybrids = [(case.result.plan, case.result.model), *((h.plan, h.model) for h in case.random_hybrids[:3])]
+    for plan, model in hybrids:
+        images = clear(model, case.images[:6])
+        expected, edits, found = run(model, images), plan.edits, model
+        for one in PASSES.values():
+            edits, found = one(plan.model_copy(update={"edits": edits}), found)
+        again = apply(plan.model_copy(update={"edits": edits}), case.work, found.state_dict())
+        output, scale = run(found, images), max(1.0, float(expected.abs().max()) if expected.numel() else 1.0)
+        assert float((output - expected).abs().max()) <= 1e-4 * scale
+        assert torch.equal(run(again, images), output)
+        assert count_flops(found, images[:1]) <= plan.flops
+        windows = [edit for edit in edits if isinstance(edit, Replace) and _windowed(edit)]
+        assert not (case.name.startswith("swin") and windows), "every mixer of a Swin gives up its windows"
+
+
+def _windowed(edit: Replace) -> bool:
+    layout = getattr(edit.spec, "layout", None)
+    return isinstance(layout, Layout) and layout.window not in (None, layout.grid)
