@@ -98,7 +98,7 @@ def prepared(name: str, args: argparse.Namespace) -> tuple[nn.Module, Tensor | N
 
 
 def bound(name: str, batch: int) -> float:
-    """What issue and README promise of the time, at this budget of FLOPs."""
+    """The share of the original's time that a hybrid of this budget should take at most."""
     return round(BUDGET + (0.05 if name != VIT else 0.15 if batch == 1 else 0.08), 2)
 
 
