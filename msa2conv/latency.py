@@ -24,7 +24,7 @@ from .stopwatch import Samples, interleaved
 from .workbench import hookless_copy, usable_device
 
 CORRECTIONS = 3
-_ROUNDS = 15
+_ROUNDS, _GLANCE = 15, 7  # for a budget of time, and for a report
 _TEXT = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(%|s|ms|us|µs)\s*", re.IGNORECASE)
 _UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6}  # the sign micro, and the letter mu
 _ACCEPTED = "a fraction in (0, 1) of the original's time, or text such as '70%', '4ms' or '800us'"
@@ -104,15 +104,15 @@ class Stopwatch:
     def ready(self, model: nn.Module) -> nn.Module:
         return model.to(self.device).eval().requires_grad_(False)
 
-    def beside(self, hybrid: nn.Module) -> Samples:
+    def beside(self, hybrid: nn.Module, rounds: int = _ROUNDS) -> Samples:
         """Of "original" and "hybrid", in turn."""
         models = {"original": self.original, "hybrid": self.ready(hybrid)}
         calls = {name: partial(model, self.inputs) for name, model in models.items()}
-        return interleaved(calls, self.device, _ROUNDS, what="time", progress=self.progress)
+        return interleaved(calls, self.device, rounds, what="time", progress=self.progress)
 
     def compare(self, hybrid: nn.Module) -> Latency:
         """What a hybrid, which is not touched, takes beside the original."""
-        return self.report(self.beside(hookless_copy(hybrid)))
+        return self.report(self.beside(hookless_copy(hybrid), _GLANCE))
 
     def report(self, samples: Samples) -> Latency:
         """What `beside` found."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import msa2conv
+from msa2conv import latency
 from msa2conv.options import Option
 from msa2conv.plan import Plan
 from msa2conv.report.inspection import Inspection
@@ -21,6 +22,7 @@ from msa2conv.search.calibrate import Calibration
 from msa2conv.workbench import working_copy
 
 TARGET = 0.7
+latency._GLANCE = 1  # the report's times are believed by no test
 torch.set_num_threads(1)
 
 
@@ -86,6 +88,15 @@ def case_of(name: str) -> Case:
     work = working_copy(model)
     seen = msa2conv.inspect(model, example_inputs=images[:1], adapters=adapters)
     return Case(name, model, before, after, work, images, seen, result.calibration, result)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of one tiny model run on one worker, so that it is calibrated and converted once."""
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        name = params.get("case", params.get("name"))
+        if name in tiny.NAMES:
+            item.add_marker(pytest.mark.xdist_group(f"tiny {name}"))
 
 
 @pytest.fixture(params=tiny.NAMES)

@@ -34,6 +34,11 @@ _WORST = 1e3  # stands for "broke the network", so that scores stay finite
 _PROBE = 0.1  # size of the perturbation that asks how much the output listens to prefix rows
 
 
+def _same_objects(some: list[Any], others: list[Any]) -> bool:
+    """Whether two lists hold the very same objects."""
+    return len(some) == len(others) and all(one is other for one, other in zip(some, others, strict=True))
+
+
 @dataclass
 class Calibration:
     """Everything measured about one trained model; every further budget reuses it in seconds.
@@ -64,6 +69,7 @@ class Calibration:
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
     stream: StreamRecord | None = None
+    _options: tuple[Any, dict[str, list[Option]]] | None = field(default=None, init=False, repr=False, compare=False)
 
     def settings(self) -> list[Setting]:
         """What can be chosen for the whole network at once; the network as it is comes first."""
@@ -71,6 +77,12 @@ class Calibration:
 
     def options(self) -> dict[str, list[Option]]:
         """{site path: its options, the host among them}; scores are measured or interpolated."""
+        made_of = [*self.records, self.stream]
+        if self._options is None or not _same_objects(self._options[0], made_of):
+            self._options = made_of, self._made()
+        return {path: list(options) for path, options in self._options[1].items()}
+
+    def _made(self) -> dict[str, list[Option]]:
         found: dict[str, dict[str, Option]] = {}
         for host in [] if self.stream is None else self.stream.hosts():
             found[host.site] = {host.name: host}
