@@ -26,9 +26,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.harness import checking, documents, measuring, plots, rules, runner
 from benchmarks.harness.cli import main
 from benchmarks.harness.config import DENSE, Experiment, find_experiments, read_experiment
-from benchmarks.harness.data import Arrays, Data, read
+from benchmarks.harness.data import Arrays, Data
 from benchmarks.harness.measuring import torch_flops
 from benchmarks.harness.parents import PARENTS, load_parent, parent_of
+from benchmarks.harness.reading import read
 from benchmarks.harness.result import Failure, Name, Result, read_tier
 from benchmarks.harness.training import Schedule, train
 from benchmarks.methods import Context, Method, method_of, methods

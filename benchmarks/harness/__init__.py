@@ -1,4 +1,4 @@
 """The league: every way to make a Vision Transformer cheaper, under the same rules. See docs/benchmarks/README.md.
 
-config -> data, parents -> methods -> runner (training, measuring, rules) -> result -> tables, plots, checking.
+config -> reading, parents -> methods -> runner (training, measuring, rules) -> result -> tables, plots, checking.
 """

@@ -17,6 +17,7 @@ from .config import Experiment, find_experiments, read_experiment
 from .documents import update
 from .measuring import answers, quality
 from .parents import PARENTS, load_parent, parent_of, save_parent
+from .reading import read
 from .result import RESULTS
 from .runner import Stage, run_all
 from .training import Schedule, train
@@ -59,8 +60,6 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from .data import read
-
     parent = parent_of(args.parent)
     path = check_writable(args.output or parent.weights or f"{args.parent}.safetensors")
     data = read(MICRO_DATA[args.parent.rpartition("_")[2]], args.data, parent.input[1])

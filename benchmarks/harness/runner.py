@@ -21,9 +21,10 @@ from ..common import device_name
 from ..methods import Context, Method, method_of
 from . import rules
 from .config import Experiment, read_experiment
-from .data import Data, read
+from .data import Data
 from .measuring import answers, block_flops, peak_memory, quality, speed, torch_flops
 from .parents import load_parent, parent_of
+from .reading import read
 from .result import RESULTS, Circumstances, Failure, Name, Result, git_sha, write
 from .training import train
 
