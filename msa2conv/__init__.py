@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from .observation import observe as observe
     from .options import Option as Option
     from .plan import Plan as Plan
-    from .search.calibrate import Calibration as Calibration
+    from .search.calibration import Calibration as Calibration
     from .search.gates import Gates as Gates
     from .search.solve import solve as solve
     from .sites import AttentionSite as AttentionSite, Claims as Claims, FFNSite as FFNSite
@@ -55,7 +55,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "Adapter": "adapters.base",
     "AttentionSite": "sites",
-    "Calibration": "search.calibrate",
+    "Calibration": "search.calibration",
     "Claims": "sites",
     "Conversion": "api",
     "CostModel": "cost",

@@ -23,7 +23,8 @@ from .levers import Lever, resolve_levers
 from .locality import head_locality
 from .plan import Preprocessing, weights_sha256
 from .planning import Choice, choose, make_plan, site_costs
-from .search.calibrate import Calibration, calibrate_sites
+from .search.calibrate import calibrate_sites
+from .search.calibration import Calibration
 from .search.gates import Gates
 from .search.measure import OutputFn, outputs
 from .search.solve import infeasible

@@ -25,7 +25,7 @@ from .report.evaluation import Evaluation
 from .report.figures import Locality, SiteCost
 from .report.latency import Latency
 from .report.page import can_draw, write_page
-from .search.calibrate import Calibration
+from .search.calibration import Calibration
 from .search.measure import agreement, distance
 from .sharing import fetched, upload
 from .storage import load, read_plan, save

@@ -15,7 +15,7 @@ from .errors import InvalidArgument, InvalidTarget
 from .planning import Choice, choose
 from .report.inspection import Inspection
 from .report.latency import CLOSE, Latency
-from .search.calibrate import Calibration
+from .search.calibration import Calibration
 from .search.measure import OutputFn
 from .search.solve import quickest, too_slow
 from .search.timetable import SiteTimes, Timetable, described

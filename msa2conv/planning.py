@@ -14,7 +14,7 @@ from .plan import Base, Plan, fingerprint, parameter_count, weights_sha256
 from .progress import track
 from .report.figures import Promise, SiteCost
 from .report.inspection import Inspection
-from .search.calibrate import Calibration
+from .search.calibration import Calibration
 from .search.frontier import frontier
 from .search.measure import OutputFn, agreement, distance, outputs
 from .search.solve import Limit, diverse

@@ -21,7 +21,7 @@ from .plan import Plan
 from .planning import tradeoff
 from .progress import track
 from .report.page import can_draw
-from .search.calibrate import Calibration
+from .search.calibration import Calibration
 from .search.measure import OutputFn
 from .search.solve import infeasible
 from .targets import parse_target

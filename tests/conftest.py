@@ -18,7 +18,7 @@ from msa2conv import latency
 from msa2conv.options import Option
 from msa2conv.plan import Plan
 from msa2conv.report.inspection import Inspection
-from msa2conv.search.calibrate import Calibration
+from msa2conv.search.calibration import Calibration
 from msa2conv.workbench import working_copy
 
 TARGET = 0.7

@@ -9,7 +9,7 @@ from torch import nn
 
 import msa2conv
 from msa2conv import FFN, Mixer, Option
-from msa2conv.search.calibrate import Calibration
+from msa2conv.search.calibration import Calibration
 from msa2conv.sites import AttentionSite
 
 from .base import Context

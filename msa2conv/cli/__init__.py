@@ -23,7 +23,7 @@ from ..files import check_writable
 from ..folding import streamline
 from ..inspection import Inspection
 from ..plan import Preprocessing
-from ..search.calibrate import Calibration
+from ..search.calibration import Calibration
 from ..search.resume import discard
 from ..tradeoff import TARGETS
 from ..workbench import usable_device

@@ -13,7 +13,7 @@ import msa2conv
 from msa2conv.errors import ArchitectureMismatch, NonFiniteValue
 from msa2conv.levers.mixer import MixerRecord
 from msa2conv.search import calibrate as module
-from msa2conv.search.calibrate import Calibration
+from msa2conv.search.calibration import Calibration
 from msa2conv.search.measure import default_measure, distance, tensor_of
 
 

@@ -26,7 +26,8 @@ from msa2conv.levers import resolve_levers
 from msa2conv.levers.ffn import FFNStatistics
 from msa2conv.levers.mixer import MixerStatistics
 from msa2conv.search import calibrate as module, resume
-from msa2conv.search.calibrate import Calibration, calibrate_sites
+from msa2conv.search.calibrate import calibrate_sites
+from msa2conv.search.calibration import Calibration
 from msa2conv.transforms.lift import Supernet
 
 WORK = {
