@@ -425,7 +425,7 @@ def test_the_documents_of_the_repository_are_backed() -> None:
 
 # --- Configs and errors --------------------------------------------------------------------------------------------
 
-EXPERIMENTS = [pair for tier in ("small", "photos", "imagenet") for pair in find_experiments(tier)]
+EXPERIMENTS = [pair for tier in ("small", "untrained", "photos", "imagenet") for pair in find_experiments(tier)]
 
 
 @pytest.mark.parametrize(("tier", "name"), EXPERIMENTS, ids="/".join)

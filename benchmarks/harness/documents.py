@@ -97,7 +97,11 @@ def filled(text: str, results: Path = RESULTS) -> str:
         found = read_tier(match[2], results)
         if not found:
             return f"{match[1]}Nothing has been run yet.\n{match[3]}"
-        note = f"Top-1 after fine-tuning, {len(found)} runs; more in [docs/benchmarks](docs/benchmarks/{match[2]}.md)."
+        seeds = len({result.name.seed for result in found})
+        note = (
+            f"Top-1 after fine-tuning, {len(found)} runs, {seeds} seed{'s' if seeds > 1 else ''}; more in "
+            f"[docs/benchmarks](docs/benchmarks/{match[2]}.md)."
+        )
         return f"{match[1]}{league(found, grid_only=False)}\n\n{note}\n{match[3]}"
 
     return _MARKED.sub(fill, text)
