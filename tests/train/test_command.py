@@ -72,6 +72,7 @@ def test_it_writes_a_trained_hybrid(made: tuple[Path, Path], photos: Path, tmp_p
     )
     assert f"written to {tmp_path}/   next: msa2conv eval {tmp_path} --images DIR" in result.output
     names = {"model.safetensors", "plan.json", "report.json", "README.md", "train_log.jsonl", "tensorboard"}
+    names |= {"report.html", "figures"}
     assert {path.name for path in tmp_path.iterdir()} == names, "the state of the training is gone"
     before, after = (Conversion.load(path) for path in (made[0], tmp_path))
     assert after.plan == before.plan and after.report.training is not None and before.report.training is None

@@ -90,7 +90,7 @@ def uninterrupted() -> Calibration:
 
 def facts(calibration: Calibration) -> dict[str, Any]:
     """Everything but the time that it took, comparable bit for bit."""
-    kept = {name: value for name, value in vars(calibration).items() if name not in ("seconds", "records")}
+    kept = {name: value for name, value in vars(calibration).items() if name not in ("seconds", "records", "_options")}
     for record in calibration.records:
         meta, tensors = record.state()
         kept[f"{record.site} {meta['lever']}"] = meta
