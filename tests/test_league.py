@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import re
 import shutil
@@ -476,6 +477,24 @@ def fashion(tmp_path: Path) -> Path:
     arrays |= {f"{part}_y": draw.integers(0, 10, 64, dtype="uint8") for part in ("train", "test")}
     np.savez(tmp_path / "fashion_mnist.npz", **arrays)
     return tmp_path
+
+
+def test_images_sorted_by_class_are_mixed_or_refused(fashion: Path) -> None:
+    jpeg = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(jpeg, "JPEG")
+    size, labels = len(jpeg.getvalue()), np.repeat(np.arange(2), 50).astype("uint8")
+    packed = {"jpeg": np.frombuffer(jpeg.getvalue() * 100, "uint8"), "offsets": np.arange(101) * size, "labels": labels}
+    np.savez(
+        fashion / "cifar10_jpeg.npz", **{f"{part}_{key}": x for part in ("train", "test") for key, x in packed.items()}
+    )
+    data = read("cifar10", fashion, 32, 40, 40)
+    assert all(10 < int(split.labels.sum()) < 30 for split in (data.train, data.test))
+    arrays = dict(np.load(fashion / "fashion_mnist.npz"))
+    np.savez(fashion / "fashion_mnist.npz", **{**arrays, "test_y": np.sort(arrays["test_y"] % 2)})
+    with pytest.raises(
+        msa2conv.errors.InvalidTrainingData, match=r"fashion_mnist\.npz: found 1 classes in its first 20"
+    ):
+        read("fashion_mnist", fashion, 28, None, 20)
 
 
 def test_the_command_line_trains_runs_and_fails(

@@ -104,9 +104,13 @@ class Arrays:
     def loader(self, size: int) -> DataLoader[Batch]:
         return DataLoader(_Rows(self), size, shuffle=True, drop_last=True)
 
-    def first(self, count: int | None) -> Arrays:
-        """The first so many of them."""
-        return Arrays(self.images[:count], self.labels[:count], self.mean, self.std, self.crops)
+    def at(self, rows: slice | Tensor) -> Arrays:
+        """Some of them."""
+        return Arrays(self.images[rows], self.labels[rows], self.mean, self.std, self.crops)
+
+    def mixed(self) -> Arrays:
+        """All of them in another order, always the same: files that are sorted by class have a first half, too."""
+        return self.at(torch.randperm(len(self), generator=torch.Generator().manual_seed(0)))
 
 
 @torch.no_grad()

@@ -71,16 +71,25 @@ def read(name: str, root: Path, size: int, train_images: int | None = None, test
         if name == "fashion_mnist":
             train, test = (_fashion(archive, part, size) for part in ("train", "test"))
         elif name == "cifar10":
-            train, test = (_photos(archive, f"{part}_", size) for part in ("train", "test"))
+            train, test = (_photos(archive, f"{part}_", size).mixed() for part in ("train", "test"))
         elif name == "clothing10":
-            train, test = (_photos(archive, f"{part}_", size, crops=True) for part in ("train", "test"))
+            train, test = (_photos(archive, f"{part}_", size, crops=True).mixed() for part in ("train", "test"))
         else:  # one pile: 256 calibrate, the others test
-            pile = _photos(archive, "", size)
-            order = torch.randperm(len(pile), generator=torch.Generator().manual_seed(0))
-            train, test = (
-                Arrays(pile.images[rows], pile.labels[rows], pile.mean, pile.std) for rows in (order[:256], order[256:])
-            )
-    return Data(name, train.first(train_images), test.first(test_images))
+            pile = _photos(archive, "", size).mixed()
+            train, test = pile.at(slice(256)), pile.at(slice(256, None))
+    return Data(name, _some(train, train_images, path), _some(test, test_images, path))
+
+
+def _some(split: Arrays, count: int | None, path: Path) -> Arrays:
+    """The first so many; raises InvalidTrainingData if they lack classes that the others have."""
+    found = split.at(slice(count))
+    seen, known = len(found.labels.unique()), len(split.labels.unique())
+    if count is not None and count >= 10 * known and seen < known:
+        raise InvalidTrainingData(
+            str(path), f"{seen} classes in its first {count:,} images", f"all {known} of them",
+            "Pack the images in a random order: these are sorted by class.",
+        )  # fmt: skip
+    return found
 
 
 def _path(name: str, root: Path) -> Path:
