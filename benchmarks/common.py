@@ -9,7 +9,7 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,18 @@ def vit_tiny(weights: Path) -> torch.nn.Module:
     return model.eval()
 
 
+def unpacked(packed: np.lib.npyio.NpzFile, prefix: str = "") -> Iterator[Image.Image]:
+    """The JPEGs in an npz: the arrays `jpeg` and `offsets`, with a prefix."""
+    data, offsets = packed[f"{prefix}jpeg"].tobytes(), packed[f"{prefix}offsets"].tolist()
+    for start, stop in pairwise(offsets):
+        yield Image.open(io.BytesIO(data[start:stop])).convert("RGB")
+
+
 def packed_photos(path: Path, prepared: Preprocessing = HALF) -> tuple[torch.Tensor, torch.Tensor]:
     """An npz of JPEGs (keys jpeg, offsets, labels) -> (images [n, 3, 224, 224], labels [n])."""
     packed = np.load(path, allow_pickle=False)
-    data, offsets = packed["jpeg"].tobytes(), packed["offsets"].tolist()
     prepare = transform((3, 224, 224), prepared)
-    pairs = pairwise(offsets)
-    images = [prepare(Image.open(io.BytesIO(data[start:stop])).convert("RGB")) for start, stop in pairs]
+    images = [prepare(photo) for photo in unpacked(packed)]
     return torch.stack(images), torch.from_numpy(packed["labels"].astype("int64"))
 
 

@@ -236,7 +236,11 @@ class CostModel:
     @property
     def rest(self) -> int:
         """Multiply-adds outside all sites."""
-        return self.base - sum(self.hosts.values())
+        return self.outside(self.hosts)
+
+    def outside(self, paths: Iterable[str]) -> int:
+        """Multiply-adds outside these sites."""
+        return self.base - sum(self.hosts[path] for path in paths)
 
     @classmethod
     def measure(

@@ -231,7 +231,7 @@ class Search:
             return chosen | {path: open_units(site, self.units[path].gate, costs) for path, site in self.ffns.items()}
         for path, ffn in self.ffns.items():
             options[path] = ffn_options(ffn, self.units[path].gate, costs, self._ffn or FFN())
-        return solve(options, costs.base - sum(costs.hosts[path] for path in options), self.target)
+        return solve(options, costs.outside(options), self.target)
 
     @own_randomness()
     def finish(self, images: Tensor | None = None) -> Conversion:

@@ -45,8 +45,8 @@ def head_locality(model: nn.Module, sites: Iterable[AttentionSite], images: Tens
         watch = stack.enter_context(_Watch(caught))
         for path in found:
             module = model.get_submodule(path)
-            stack.enter_context(_Removed(module.register_forward_pre_hook(watch.enter(path))))
-            stack.enter_context(_Removed(module.register_forward_hook(watch.leave(path, found[path], heads[path]))))
+            stack.enter_context(module.register_forward_pre_hook(watch.enter))
+            stack.enter_context(module.register_forward_hook(watch.leave(path, found[path], heads[path])))
         for image in images[:IMAGES]:
             model(image[None].to(device))
     return [
@@ -98,12 +98,9 @@ class _Watch(TorchFunctionMode):
             self.weights.append(out)
         return out
 
-    def enter(self, path: str) -> Any:
-        def hook(module: nn.Module, args: Any) -> None:
-            self.inside = True
-            self.weights.clear()
-
-        return hook
+    def enter(self, module: nn.Module, args: Any) -> None:
+        self.inside = True
+        self.weights.clear()
 
     def leave(self, path: str, near: Tensor, heads: int) -> Any:
         def hook(module: nn.Module, args: Any, out: Any) -> None:
@@ -133,19 +130,6 @@ def _fused_weights(
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
     return scores.softmax(-1)
-
-
-class _Removed:
-    """A hook for the time of a `with`."""
-
-    def __init__(self, handle: Any) -> None:
-        self.handle = handle
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: Any) -> None:
-        self.handle.remove()
 
 
 __all__ = ["head_locality"]

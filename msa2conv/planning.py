@@ -66,7 +66,7 @@ def choose(
         InfeasibleBudget: the target lies below the floor of the calibration's options.
     """
     options = calibration.options()
-    rest = calibration.costs.base - sum(calibration.costs.hosts[path] for path in options)
+    rest = calibration.costs.outside(options)
     found = diverse(options, rest, target, calibration.settings(), limit)
     net = lift(model, calibration.sites)
     distances: dict[str, float] = {}
@@ -83,9 +83,9 @@ def choose(
 
 def tradeoff(calibration: Calibration) -> list[Promise]:
     """What other budgets are predicted to lose, by the scores of a calibration alone."""
-    options, costs = calibration.options(), calibration.costs
-    rest = costs.base - sum(costs.hosts[path] for path in options)
-    return [Promise(flops=flops, loss=loss) for flops, loss in frontier(calibration.settings(), options, rest)]
+    options = calibration.options()
+    points = frontier(calibration.settings(), options, calibration.costs.outside(options))
+    return [Promise(flops=flops, loss=loss) for flops, loss in points]
 
 
 def site_costs(seen: Inspection, choices: Mapping[str, Option]) -> list[SiteCost]:

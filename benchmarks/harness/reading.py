@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import io
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torchvision.transforms import v2
 
 from msa2conv.errors import InvalidTrainingData
 
+from ..common import unpacked
 from .data import HALF, Arrays, Data, Folder
 
 FILES = {
@@ -118,13 +116,12 @@ def _fashion(archive: np.lib.npyio.NpzFile, part: str, size: int) -> Arrays:
 
 
 def _photos(archive: np.lib.npyio.NpzFile, prefix: str, size: int, crops: bool = False) -> Arrays:
-    data, offsets = archive[f"{prefix}jpeg"].tobytes(), archive[f"{prefix}offsets"].tolist()
     whole = (
         v2.Identity()
         if size < 64
         else v2.Compose([v2.Resize(round(size / 0.9), v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)])
     )
-    photos = [whole(Image.open(io.BytesIO(data[start:stop])).convert("RGB")) for start, stop in pairwise(offsets)]
-    images = torch.from_numpy(np.stack([np.asarray(photo) for photo in photos])).permute(0, 3, 1, 2).contiguous()
+    photos = [np.asarray(whole(photo)) for photo in unpacked(archive, prefix)]
+    images = torch.from_numpy(np.stack(photos)).permute(0, 3, 1, 2).contiguous()
     labels = torch.from_numpy(archive[f"{prefix}labels"].astype("int64"))
     return Arrays(images, labels, HALF * 3, HALF * 3, crops)

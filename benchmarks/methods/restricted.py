@@ -60,8 +60,7 @@ class Searched:
 
     @property
     def _rest(self) -> int:
-        costs = self.calibration.costs
-        return costs.base - sum(costs.hosts[path] for path in self.calibration.options())
+        return self.calibration.costs.outside(self.calibration.options())
 
     def with_attentions(self, allowed: Mapping[str, Sequence[Option]]) -> dict[str, Sequence[Option]]:
         """All options of the FFNs, and these at attentions."""

@@ -76,7 +76,7 @@ def floor(claims: Claims, costs: CostModel, levers: Iterable[Lever]) -> int:
     options = {site.path: _cheapest(site, costs, levers) for site in claims.sites}
     record = stream_record(claims, costs, levers)
     settings = [AS_IT_IS, *(() if record is None else record.settings())]
-    rest = costs.base - sum(costs.hosts[path] for path in options)
+    rest = costs.outside(options)
     return least_flops(settings, options, rest)
 
 

@@ -11,6 +11,11 @@ class _Data(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def unit_of(measure: str) -> str:
+    """What a distance to the original is measured in."""
+    return "KL to the original (nats)" if measure == "kl" else "relative error of the features"
+
+
 class SiteCost(_Data):
     """What one site takes.
 
@@ -56,4 +61,4 @@ class Locality(_Data):
     chance: float
 
 
-__all__ = ["Locality", "Promise", "SiteCost"]
+__all__ = ["Locality", "Promise", "SiteCost", "unit_of"]

@@ -11,10 +11,10 @@ from ..files import atomic_write, write_text
 from ..plan import Plan
 from .conversion import Report
 from .evaluation import Evaluation
+from .figures import unit_of
 
 PAGE_FILE, FIGURES = "report.html", "figures"
 _NEEDED = ("matplotlib", "jinja2")
-_CONVERT_AGAIN = "an earlier version wrote this report; convert again to have it."
 _MISSING = {
     "plan": "what decided this hybrid did not tell what every site takes.",
     "flops": "what decided this hybrid did not tell what every site takes.",
@@ -118,8 +118,14 @@ def _rows(plan: Plan, report: Report, evaluation: Evaluation | None) -> list[dic
         row = _row(f"time, ms (batch {report.latency.batch_size})", before, after, ".4g")
         rows.append(row | {"ratio": f"{report.latency.ratio:.1%}"})
     if report.distance is not None:
-        name = "KL to the original, nats" if report.measure == "kl" else "relative error of the features"
-        rows.append({"name": f"{name}, held out", "before": "0", "after": f"{report.distance:.4f}", "ratio": ""})
+        rows.append(
+            {
+                "name": f"{unit_of(report.measure)}, held out",
+                "before": "0",
+                "after": f"{report.distance:.4f}",
+                "ratio": "",
+            }
+        )
     if report.distance_polished is not None:
         name = f"... after {report.distill_steps} steps of polish"
         rows.append({"name": name, "before": "0", "after": f"{report.distance_polished:.4f}", "ratio": ""})

@@ -13,7 +13,7 @@ from matplotlib.patches import FancyBboxPatch, Patch
 
 from ..plan import Plan, symbol
 from .conversion import Report
-from .figures import Promise, SiteCost
+from .figures import Promise, SiteCost, unit_of
 
 # Okabe and Ito's colours, which people with colour blindness can tell apart
 _FAMILIES = {
@@ -214,8 +214,7 @@ def _curve(promised: list[Promise], marks: list[Mark], flops_before: int, measur
             at = 100 * mark.flops / flops_before
             axes.plot(at, mark.loss, mark.marker, color=mark.colour, markersize=size, label=label, linestyle="none")
             told.add(mark.label)
-    unit = "KL to the original (nats)" if measure == "kl" else "relative error of the features"
-    axes.set(yscale="log", xlabel="% of the original's multiply-adds", ylabel=unit)
+    axes.set(yscale="log", xlabel="% of the original's multiply-adds", ylabel=unit_of(measure))
     axes.invert_xaxis()
     axes.grid(True, linewidth=0.5)
     axes.legend(frameon=False)
