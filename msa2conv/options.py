@@ -42,6 +42,11 @@ class Option:
     starts_at: str | None = None
     tokens: int | None = None
 
+    @property
+    def merges(self) -> int:
+        """Modules that it puts around the host, which take time and hardly any FLOPs."""
+        return sum(isinstance(edit, Wrap) for edit in self.edits)
+
     def on(self, tokens: int) -> Option | None:
         """The same where its site sees so many tokens, prefix tokens included; None where it cannot run on them."""
         return None if self.flops_on is None else replace(self, flops=self.flops_on(tokens), tokens=tokens)

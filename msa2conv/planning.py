@@ -17,7 +17,8 @@ from .report.inspection import Inspection
 from .search.calibration import Calibration
 from .search.frontier import frontier
 from .search.measure import OutputFn, agreement, distance, outputs
-from .search.solve import Limit, diverse
+from .search.solve import diverse
+from .settings import Limit
 from .sites import AttentionSite
 from .transforms.apply import apply
 from .transforms.lift import lift

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .options import Option
 
@@ -28,6 +28,27 @@ class Setting:
 
 
 AS_IT_IS = Setting()
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A second budget, additive as FLOPs are, of what is measured: seconds.
+
+    Args:
+        of: what an option takes.
+        of_setting: what a setting takes outside all sites.
+        rest: what the network takes outside all sites.
+        most: what may be taken in total.
+    """
+
+    of: Callable[[Option], float]
+    of_setting: Callable[[Setting], float]
+    rest: float
+    most: float
+
+    def inside(self, setting: Setting) -> Limit:
+        """What is left in a setting."""
+        return replace(self, rest=self.rest + self.of_setting(setting))
 
 
 def inside(setting: Setting, options: Options) -> dict[str, list[Option]]:

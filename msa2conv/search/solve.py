@@ -3,38 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import InfeasibleBudget
 from ..options import Option
-from ..settings import AS_IT_IS, Options, Setting, inside, least_flops, on_tokens
+from ..settings import AS_IT_IS, Limit, Options, Setting, inside, least_flops, on_tokens
+from .relaxation import bounds, steps, worth_trying
 
 Choices = dict[str, Option]
 _FINE = 1e-3  # gap of the optimum under a limit: what is measured is not known better
-
-
-@dataclass(frozen=True)
-class Limit:
-    """A second budget, additive as FLOPs are, of what is measured: seconds.
-
-    Args:
-        of: what an option takes.
-        of_setting: what a setting takes outside all sites.
-        rest: what the network takes outside all sites.
-        most: what may be taken in total.
-    """
-
-    of: Callable[[Option], float]
-    of_setting: Callable[[Setting], float]
-    rest: float
-    most: float
-
-    def inside(self, setting: Setting) -> Limit:
-        """What is left in a setting."""
-        return replace(self, rest=self.rest + self.of_setting(setting))
+SLACK = 0.2  # how much worse, in its price, a plan may be that merges at fewer sites
 
 
 def solve(
@@ -74,15 +53,15 @@ def solve(
         raise infeasible(budget, floor)
     if limit is not None:
         worth = {site: _undominated(group, price, limit) for site, group in options.items()}
-        found = _solve(worth, rest, 0, budget, floor, price, limit)
+        found = _solve(worth, rest, 0, budget, price, limit, _FINE)
         if found is None:
             raise too_slow(limit.most, limit.rest + sum(min(map(limit.of, group)) for group in options.values()))
         return found
     least = int(np.ceil(0.99 * budget))
     worth = {site: _undominated(group, price) for site, group in options.items()}
-    found = _solve(worth, rest, 0, budget, floor, price)
+    found = _solve(worth_trying(worth, rest, budget, price), rest, 0, budget, price)
     if found is None or rest + sum(option.flops for option in found.values()) < least:
-        found = _solve(options, rest, least, budget, floor, price) or found
+        found = _solve(options, rest, least, budget, price) or found
     if found is None:
         raise infeasible(budget, floor)
     return found
@@ -114,11 +93,11 @@ def solve_settings(
     price, settings = price or _score, list(settings)
     best: tuple[float, Setting, Choices] | None = None
     flops = Limit(lambda option: option.flops, lambda setting: setting.flops, rest, budget)
-    bounds = _bounds(settings, options, price, flops, used_up=limit is None)
+    least = bounds(settings, options, price, flops, used_up=limit is None)
     if limit is not None:
-        bounds = np.maximum(bounds, _bounds(settings, options, price, limit, used_up=False))
-    for index in np.argsort(bounds, kind="stable"):
-        if not np.isfinite(bounds[index]) or (best is not None and bounds[index] >= best[0]):
+        least = np.maximum(least, bounds(settings, options, price, limit, used_up=False))
+    for index in np.argsort(least, kind="stable"):
+        if not np.isfinite(least[index]) or (best is not None and least[index] >= best[0]):
             break
         setting = settings[index]
         within = None if limit is None else limit.inside(setting)
@@ -126,7 +105,7 @@ def solve_settings(
             choices = solve(inside(setting, options), rest + setting.flops, budget, price, within)
         except InfeasibleBudget:  # by both budgets together
             continue
-        worth = _steps(setting, price) + sum(price(option) for option in choices.values())
+        worth = steps(setting, price) + sum(price(option) for option in choices.values())
         if best is None or worth < best[0]:
             best = worth, setting, choices
     if best is None:
@@ -152,36 +131,41 @@ def quickest(settings: Iterable[Setting], options: Options, limit: Limit) -> flo
     )
 
 
-def _steps(setting: Setting, price: Callable[[Option], float]) -> float:
-    return sum(price(Option("", "", 0, score=score)) for score in setting.scores)
+def fewest_merges(
+    options: Mapping[str, Sequence[Option]],
+    rest: int,
+    budget: int,
+    choices: Choices,
+    price: Callable[[Option], float] | None = None,
+) -> Choices:
+    """Of the solutions that are within `SLACK` of an optimum, the best that merge at the fewest sites.
 
+    Comparing and gathering tokens takes time but hardly any FLOPs, so that a merge more for the last percent of a price
+    is no gain. The budget is used as the optimum uses it.
 
-def _bounds(
-    settings: Sequence[Setting], options: Options, price: Callable[[Option], float], budget: Limit, used_up: bool
-) -> npt.NDArray[np.float64]:
-    """What each setting costs at least; infinite where it does not fit the budget, or (`used_up`) leaves a part of it
-    unused that the network as it is could use."""
-    tables: dict[tuple[str, int | None], tuple[npt.NDArray[np.float64], float, float]] = {}
-    largest = max((price(option) for group in options.values() for option in group), default=0.0) or 1.0
-    multipliers = largest / budget.most * np.concatenate(([0.0], np.logspace(-6, 4, 60)))
+    Args:
+        options, rest, budget, price: as for `solve`.
+        choices: what `solve` found.
+    """
+    price = price or _score
+    best = sum(map(price, choices.values()))
+    if not any(option.merges for option in choices.values()) or not best > 0:
+        return choices
+    limit = Limit(price, lambda setting: 0.0, 0.0, (1 + SLACK) * best)
 
-    def table(path: str, tokens: int | None) -> tuple[npt.NDArray[np.float64], float, float]:
-        if (path, tokens) not in tables:
-            group = on_tokens(options[path], tokens)
-            prices, taken = np.array([price(option) for option in group]), np.array([budget.of(each) for each in group])
-            least = (prices[:, None] + taken[:, None] * multipliers).min(0)
-            tables[path, tokens] = least, float(taken.min()), float(taken.max())
-        return tables[path, tokens]
+    def count(option: Option) -> float:
+        """Merges first, prices (less than one in sum) among equals."""
+        return option.merges + price(option) / (2 * limit.most)
 
-    found = np.full(len(settings), np.inf)
-    for index, setting in enumerate(settings):
-        parts = [table(path, setting.tokens.get(path)) for path in options]
-        left = budget.most - budget.inside(setting).rest
-        least, most = (sum(part[which] for part in parts) for which in (1, 2))
-        if least <= left and (setting.option is None or not used_up or most >= left - 0.01 * budget.most):
-            bound = np.sum([part[0] for part in parts], 0) - multipliers * left
-            found[index] = _steps(setting, price) + float(bound.max())
-    return found
+    least = min(int(np.ceil(0.99 * budget)), rest + sum(option.flops for option in choices.values()))
+    worth = {site: _undominated(group, count, limit) for site, group in options.items()}
+    worth = worth_trying(worth, rest, budget, price, limit.most)
+    found = _solve(worth, rest, 0, budget, count, limit)
+    if found is None or rest + sum(option.flops for option in found.values()) < least:
+        every = worth_trying(options, rest, budget, price, limit.most)
+        found = _solve(every, rest, least, budget, count, limit)
+    fewer = found is not None and sum(map(count, found.values())) < sum(map(count, choices.values()))
+    return found if found is not None and fewer else choices
 
 
 def _undominated(group: Sequence[Option], price: Callable[[Option], float], limit: Limit | None = None) -> list[Option]:
@@ -204,9 +188,9 @@ def _solve(
     rest: int,
     least: int,
     budget: int,
-    floor: int,
     price: Callable[[Option], float],
     limit: Limit | None = None,
+    gap: float = 0.0,
 ) -> Choices | None:
     """The optimum between `least` and `budget`, and within the limit; None where no sum of options lies there."""
     from scipy.optimize import Bounds, LinearConstraint, milp
@@ -217,7 +201,8 @@ def _solve(
     prices = np.array([price(option) for option in flat])
     flops = np.array([option.flops for option in flat], dtype=np.int64)
     # Integer units keep HiGHS's tolerances far below one unit: divide by the common divisor of all differences.
-    base = np.array([min(option.flops for option in group) for group in options.values()])[sites]
+    cheapest = np.array([min(option.flops for option in group) for group in options.values()])
+    base, floor = cheapest[sites], rest + int(cheapest.sum())
     unit = int(np.gcd.reduce(flops - base)) or 1
     extra = (flops - base) // unit
     room = (budget - floor) // unit
@@ -233,7 +218,7 @@ def _solve(
         constraints=constraints,
         integrality=np.ones(len(flat)),
         bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 0.0 if limit is None else _FINE, "time_limit": 60.0},
+        options={"mip_rel_gap": gap, "time_limit": 60.0},
     )
     if result.x is None:
         return None
@@ -304,6 +289,9 @@ def diverse(
                 if not suffix:
                     raise
                 continue
+            if limit is None:  # which knows what merging takes
+                own = inside(setting, options)
+                choices = fewest_merges(own, rest + setting.flops, budget, choices, price)
             if setting.option is not None:
                 choices = {(option := setting.option()).site: option} | choices
             key = tuple(option.name for option in choices.values())

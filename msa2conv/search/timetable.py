@@ -15,8 +15,7 @@ from ..errors import InvalidCheckpoint
 from ..files import write_text
 from ..options import Option
 from ..plan import Shorten
-from ..settings import Setting
-from .solve import Limit
+from ..settings import Limit, Setting
 
 
 class Timetable(BaseModel):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import random
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from msa2conv.errors import InfeasibleBudget
 from msa2conv.options import Option
-from msa2conv.search.solve import PRICES, Limit, diverse, solve, solve_settings
-from msa2conv.settings import AS_IT_IS, Setting, least_flops
+from msa2conv.plan import Wrap
+from msa2conv.search.solve import PRICES, SLACK, diverse, fewest_merges, solve, solve_settings
+from msa2conv.settings import AS_IT_IS, Limit, Setting, least_flops
 
 Options = dict[str, list[Option]]
 
@@ -100,6 +102,51 @@ def test_prices_disagree_and_duplicates_are_dropped() -> None:
     }
     found = {name: tuple(option.name for option in plan.values()) for name, plan in diverse(options, 0, 150).items()}
     assert found == {"additive": ("half", "half"), "square root": ("none", "host")}
+
+
+# Fewer merges
+
+
+@settings(max_examples=80, deadline=None)
+@given(instances(), st.randoms(use_true_random=False))
+def test_the_fewest_merges_at_nearly_the_best_price_are_brute_forces(
+    instance: tuple[Options, int, int], draw: random.Random
+) -> None:
+    options, rest, budget = instance
+    wrap = Wrap.model_construct()
+    options = {
+        site: [dataclasses.replace(option, edits=(wrap,) * draw.randint(0, 1)) for option in group]
+        for site, group in options.items()
+    }
+    best = solve(options, rest, budget)
+    most = (1 + SLACK) * sum(option.score or 0.0 for option in best.values())
+    least = min(0.99 * budget, total(best, rest))
+    possible = [
+        (sum(option.merges for option in plan), price)
+        for plan in itertools.product(*options.values())
+        if least <= total(plan, rest) <= budget
+        and (price := sum(option.score or 0.0 for option in plan)) <= most + 1e-9
+    ]
+    found = fewest_merges(options, rest, budget, best)
+    assert list(found) == list(options)
+    assert least <= total(found, rest) <= budget
+    merges, price = min(possible)
+    if most > 0:
+        assert sum(option.merges for option in found.values()) == merges
+        assert sum(option.score or 0.0 for option in found.values()) == pytest.approx(price, rel=1e-4, abs=1e-5)
+    else:
+        assert found == best
+
+
+def test_a_plan_that_merges_less_is_taken_where_it_is_nearly_as_good() -> None:
+    wrap = Wrap.model_construct()
+    half = Option("b", "half", 50, score=1.0 + SLACK - 0.01)
+    merged = Option("b", "host@8", 50, edits=(wrap,), score=1.0)
+    options = {"a": [Option("a", "host", 100, score=0.0)], "b": [Option("b", "host", 100, score=0.0), half, merged]}
+    assert solve(options, 0, 150)["b"] is merged
+    assert diverse(options, 0, 150)["additive"]["b"] is half
+    worse = dataclasses.replace(half, score=1.0 + SLACK + 0.01)
+    assert diverse(options | {"b": [*options["b"][:1], worse, merged]}, 0, 150)["additive"]["b"] is merged
 
 
 # Settings
