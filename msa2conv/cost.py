@@ -40,7 +40,7 @@ log_softmax logical_and logical_not logical_or lt masked_fill masked_fill_ maske
 max_pool2d maximum mean meshgrid min minimum mish movedim mul mul_ narrow native_dropout ne neg new_empty new_full
 new_ones new_zeros nonzero norm numel numpy_T one_hot ones ones_like outer pad pixel_shuffle pixel_unshuffle pow prelu
 prod rand rand_like randn randperm reciprocal relu6 relu6_ remainder repeat repeat_interleave reshape_as resolve_conj
-roll round rsqrt rsub scatter scatter_add select_scatter selu sgn sigmoid sigmoid_ sign silu silu_ sin size
+roll round rsqrt rsub scatter scatter_ scatter_add select_scatter selu sgn sigmoid sigmoid_ sign silu silu_ sin size
 slice_scatter softmax softplus sort sqrt square stack std sub sub_ sum swapaxes take_along_dim tanh tensor_split tile
 topk tril triu triu_ type_as unbind unflatten unfold uniform_ unsafe_chunk unsafe_split upsample_bicubic2d
 _upsample_bicubic2d_aa upsample_linear1d var var_mean where zero_ zeros_like

@@ -210,7 +210,6 @@ def merge(
     """
     batch, _, channels = tokens_BNC.shape  # len() would make a number of a batch of any size
     sums_BNC = tokens_BNC if before is None else tokens_BNC * before.size_BK[..., None]
-    each_BN = torch.ones_like(tokens_BNC[..., 0]) if before is None else before.size_BK
     row_N = None
     for count, going in schedule:
         left = prefix + groups * (count - going)
@@ -220,35 +219,42 @@ def merge(
         sums_BNC = sums_KC.reshape(batch, left, channels)
         row_N = then_N if row_N is None else then_N.index_select(0, row_N)
     assert row_N is not None
-    size_BK = torch.zeros_like(sums_BNC[..., 0])
-    size_BK = size_BK.flatten().index_add_(0, row_N, each_BN.flatten()).reshape(size_BK.shape)
+    each_N = sums_BNC.new_ones(1).expand(row_N.shape) if before is None else before.size_BK.flatten()
+    size_BK = sums_BNC.new_zeros(batch * left).index_add_(0, row_N, each_N).reshape(batch, left)
     row_N = row_N if before is None else row_N.index_select(0, before.row_N)
     return Fewer(sums_BNC.div_(size_BK[..., None]), size_BK, row_N)
 
 
 def _then(sums_BNC: Tensor, prefix: int, groups: int, count: int, going: int, watch: Watch | None) -> Tensor:
-    """Which row of all tokens behind a round each row before it goes into."""
-    (batch, _, channels), device, left = sums_BNC.shape, sums_BNC.device, count - going
+    """Which row of all tokens behind a round each row before it goes into.
+
+    Written for few operations: at batch 1 each takes as long to start as to run.
+    """
+    (batch, _, channels), device = sums_BNC.shape, sums_BNC.device
+    receivers = count // 2
+    staying, left = count - receivers - going, count - going
     patches_GMC = sums_BNC[:, prefix:].reshape(batch * groups, count, channels)
     # Cosines of sums, which point where the means do; a sender's own length does not change its choice.
-    length_GM = torch.linalg.vector_norm(patches_GMC, dim=-1).clamp_min(1e-12)
+    length_GM = torch.linalg.vector_norm(patches_GMC, dim=-1).clamp_min_(1e-12)
     products_GAD = torch.bmm(patches_GMC[:, ::2], patches_GMC[:, 1::2].transpose(1, 2)).div_(length_GM[:, None, 1::2])
     best_GA, partner_GA = products_GAD.max(-1)
     best_GA = best_GA / length_GM[:, ::2]
     if watch is not None:
         watch(best_GA, products_GAD / length_GM[:, ::2, None], going)
-    staying = best_GA.shape[1] - going
-    order_GA = best_GA.topk(staying + going, largest=False).indices  # all of them; those that stay come first
-    to_GR = partner_GA.gather(1, order_GA[:, staying:])
-    # Behind the round those that stay come first, then the receivers.
-    half_M = torch.arange(count, device=device) // 2  # 0 0 1 1 2 2 ...
-    of_senders_GA = torch.cat((half_M[: 2 * staying : 2].expand(batch * groups, -1), to_GR + staying), 1)
-    then_GM = (half_M + staying).expand(batch * groups, -1).scatter(1, 2 * order_GA, of_senders_GA)
-    first_B1 = torch.arange(batch, device=device)[:, None] * (prefix + groups * left)
+    # Behind the round those that stay come first, then the receivers, behind the prefix tokens.
+    rows_K = torch.arange(prefix + left, device=device)
+    stay_GS = best_GA.topk(staying, largest=False).indices
+    ranks_GS = rows_K[prefix : prefix + staying].expand(stay_GS.shape)
+    senders_GA = partner_GA.add_(prefix + staying).scatter_(1, stay_GS, ranks_GS)
+    pairs_GP2 = torch.stack((senders_GA[:, :receivers], rows_K[prefix + staying :].expand(batch * groups, -1)), 2)
+    then_GM = pairs_GP2.flatten(1)
+    if count % 2:
+        then_GM = torch.cat((then_GM, senders_GA[:, receivers:]), 1)
     if groups > 1:
-        then_GM = then_GM.reshape(batch, groups, count) + torch.arange(groups, device=device)[:, None] * left
-    then_BN = then_GM.reshape(batch, -1) + (first_B1 + prefix)
+        offset_G1 = left * torch.arange(groups, device=device)[:, None]
+        then_GM = then_GM.reshape(batch, groups, count) + offset_G1
+    then_BN = then_GM.reshape(batch, -1)
     if prefix:
-        then_BN = torch.cat((first_B1 + torch.arange(prefix, device=device), then_BN), 1)
-    then_N: Tensor = then_BN.flatten()
+        then_BN = torch.cat((rows_K[:prefix].expand(batch, -1), then_BN), 1)
+    then_N: Tensor = (then_BN + (prefix + groups * left) * torch.arange(batch, device=device)[:, None]).flatten()
     return then_N
