@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OLDEST := .venv-oldest/bin
 
-.PHONY: quickstart test test-oldest lint clean
+.PHONY: quickstart test test-all test-oldest lint clean
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -20,8 +20,14 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup  # one thread for each of two workers
+
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup  # one thread for each of two workers
+	$(PYTEST) -m 'not slow'
+
+# With every backbone in every test, every pair of export formats, two dozen kills: before a release.
+test-all: lint
+	$(PYTEST)
 
 # The versions are for Python 3.10 to 3.12: `make test-oldest PYTHON=python3.10`. The .gitignore keeps git and ruff out.
 .venv-oldest/installed: pyproject.toml tests/oldest.txt

@@ -71,9 +71,9 @@ class Case:
 
     @cached_property
     def random_hybrids(self) -> list[Hybrid]:
-        """Five hybrids with an option drawn for every site."""
+        """Three hybrids with an option drawn for every site."""
         draw = random.Random(self.name)
-        return [self.hybrid({site: draw.choice(group) for site, group in self.options.items()}) for _ in range(5)]
+        return [self.hybrid({site: draw.choice(group) for site, group in self.options.items()}) for _ in range(3)]
 
 
 @cache

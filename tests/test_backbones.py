@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Collection
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -28,10 +29,19 @@ from msa2conv.stream import Drop
 from msa2conv.transforms.apply import apply_edits, replace_submodule
 from msa2conv.workbench import working_copy
 
-# One worker for a family, which is then converted once.
-FAMILIES = pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in backbones.TINY]
-)
+# One of every kind: a sequence, windows, strided and grouped maps, unfused q, k, v, attentions of other libraries.
+TYPICAL = ("beit", "maxvit", "pvt_v2", "swin_v2", "hf_dinov2", "tv_vit", "torch_encoder")
+
+
+def families(typical: Collection[str] = backbones.TINY) -> pytest.MarkDecorator:
+    """One worker for a family, which is then converted once; others than the typical ones are slow."""
+    params = []
+    for name in backbones.TINY:
+        slow = () if name in typical else (pytest.mark.slow,)
+        params.append(pytest.param(name, marks=(pytest.mark.xdist_group(name), *slow)))
+    return pytest.mark.parametrize("family", params)
+
+
 # What is left without the claimed attentions still looks at the whole map: class, channel or strided attention.
 NOT_LOCAL = ("levit", "efficientformer_v2", "gcvit")
 # Every kind of option, few of each.
@@ -54,7 +64,7 @@ def inspected(family: str) -> tuple[nn.Module, Inspection]:
     return model, msa2conv.inspect(model, example_inputs=backbones.images(family, 1), levers=LEVERS)
 
 
-@FAMILIES
+@families()
 def test_what_is_found(family: str) -> None:
     _, seen = inspected(family)
     layout = seen.claims.attentions[0].layout
@@ -75,7 +85,7 @@ def converted(family: str) -> msa2conv.Conversion:
     return result
 
 
-@FAMILIES
+@families()
 def test_it_converts(family: str, tmp_path: Path) -> None:
     """`convert` checks lifting, lowering, costs and budget; here that every kind of option is right, and the file."""
     model, seen = inspected(family)
@@ -122,7 +132,7 @@ def test_tokens_merge_through_the_network(family: str) -> None:
     torch.testing.assert_close(tensor_of(compiled(images)), merged, rtol=1e-5, atol=1e-5)
 
 
-@FAMILIES
+@families(TYPICAL)
 def test_a_hybrid_trains_with_and_without_checkpointing(family: str) -> None:
     model, images = copy.deepcopy(converted(family).model).train(), backbones.images(family, 4)
     gradients = []
@@ -138,7 +148,7 @@ def test_a_hybrid_trains_with_and_without_checkpointing(family: str) -> None:
     torch.testing.assert_close(gradients[-1], gradients[0], rtol=1e-4, atol=1e-4)
 
 
-@FAMILIES
+@families(TYPICAL)
 @torch.no_grad()
 def test_a_hybrid_compiles_and_computes_in_half_precision(family: str) -> None:
     original, hybrid, images = backbones.build(family), converted(family).model, backbones.images(family, 4)
@@ -248,7 +258,7 @@ def test_a_layout_that_cannot_be_is_a_refusal() -> None:
         msa2conv.inspect(model, adapters=[adapter])
 
 
-@FAMILIES
+@families()
 @torch.no_grad()
 def test_projections_are_where_they_are_said_to_be(family: str) -> None:
     """Without W_v and b_v an attention's output is constant; without W_o it is nothing but its bias."""

@@ -161,6 +161,18 @@ def test_export_writes_files_and_says_how_they_were_checked(converted: tuple[Pat
     assert text.count("on 8 images") == 2
 
 
+def test_export_streamlines_unless_told_not_to(
+    converted: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    streamlined: list[Any] = []
+    monkeypatch.setattr("msa2conv.cli.streamline", lambda hybrid: streamlined.append(hybrid) or hybrid)
+    monkeypatch.setattr("msa2conv.cli.export_program", lambda *given, **more: "written")
+    command = ["export", str(converted[0]), "--program", str(tmp_path / "hybrid.pt2")]
+    for more, count in (["--as-it-is"], 0), ([], 1):
+        assert run(app, [*command, *more]).exit_code == 0
+        assert len(streamlined) == count
+
+
 def test_eval_puts_the_original_beside_the_hybrid(converted: tuple[Path, str], photos: Path, checkpoint: Path) -> None:
     out, _ = converted
     result = run(app, ["eval", str(out), "--images", str(photos), "--original", str(checkpoint), "--no-progress"])

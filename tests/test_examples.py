@@ -140,6 +140,7 @@ def test_accelerate_saves_and_restores_a_search(tmp_path: Path) -> None:
     assert same(train(batches[3:]), straight)
 
 
+@pytest.mark.slow
 def test_two_processes_agree(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

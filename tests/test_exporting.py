@@ -35,6 +35,8 @@ PROGRAM = """
 found = torch.export.load(sys.argv[1]).module()(images)
 """
 
+OTHER_PAIRS = (("onnx", False), ("pt2", True))
+
 
 def elsewhere(code: str, path: Path, inputs: Tensor) -> Tensor:
     """What a process without msa2conv makes of a file."""
@@ -50,8 +52,10 @@ def answers(model: nn.Module, inputs: Tensor) -> Tensor:
         return model.eval()(inputs)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("how", ["onnx", "pt2"])
+@pytest.mark.parametrize(
+    ("how", "dynamic"),
+    [("onnx", True), ("pt2", False), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in OTHER_PAIRS)],
+)
 def test_a_file_answers_like_the_hybrid_where_there_is_no_msa2conv(how: str, dynamic: bool, tmp_path: Path) -> None:
     result = converted() if dynamic else replaced("swin")
     before, size = snapshot(result.model), result.plan.base.input_size[-1]

@@ -44,10 +44,12 @@ TINY: dict[str, dict[str, Any]] = {
 }
 
 
-def variants() -> Iterator[Any]:
+def variants(quick: int | None = None) -> Iterator[Any]:
+    """Of every file; with `quick`, those behind the first so many are slow."""
     for path in FILES:
-        for variant in yaml.safe_load(path.read_text())["variants"]:
-            yield pytest.param(path, variant, id=f"{path.parent.name}-{path.stem}-{variant}")
+        for number, variant in enumerate(yaml.safe_load(path.read_text())["variants"]):
+            marks = () if quick is None or number < quick else (pytest.mark.slow,)
+            yield pytest.param(path, variant, id=f"{path.parent.name}-{path.stem}-{variant}", marks=marks)
 
 
 PUBLISHED = [item for item in variants() if "paper" in str(item.values[1])]
@@ -86,7 +88,7 @@ def teacher() -> nn.Module:
     return timm.create_model("test_vit", num_classes=2).eval()
 
 
-@pytest.mark.parametrize(("path", "variant"), variants())
+@pytest.mark.parametrize(("path", "variant"), variants(quick=1))
 def test_every_recipe_starts(path: Path, variant: str, photos: Path, tmp_path: Path) -> None:
     recipe = read_recipe(path, variant)
     result = start(recipe, photos, tmp_path / "out", teacher_model=teacher())
@@ -311,6 +313,7 @@ run_recipe(recipe, photos + "/train", photos + "/val", output, pretrained=False,
 """
 
 
+@pytest.mark.slow
 def test_several_processes_run_one_recipe(recipe: Recipe, photos: Path, tmp_path: Path) -> None:
     """One of them calibrates and writes."""
     (tmp_path / "run.py").write_text(LAUNCHED)

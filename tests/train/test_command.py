@@ -22,7 +22,7 @@ from msa2conv.cli import app
 from msa2conv.data.sources import images_at
 from msa2conv.train import trainer
 
-NAME = "vit_tiny_patch16_224"
+NAME = "test_vit"  # timm's own for tests: six blocks of width 64, 160 x 160
 SIZE = {"num_classes": 3, "img_size": 32}
 run = CliRunner().invoke
 pytestmark = pytest.mark.xdist_group("finetune")  # on one worker, so that what they share is made once
@@ -48,7 +48,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(folder of a hybrid, checkpoint of its original): a ViT-Ti for images of 32 pixels."""
+    """(folder of a hybrid, checkpoint of its original): a ViT for images of 32 pixels."""
     root = tmp_path_factory.mktemp("made")
     torch.manual_seed(0)
     model = timm.create_model(NAME, **SIZE).eval()
@@ -129,7 +129,7 @@ def test_a_new_classifier_for_other_classes(made: tuple[Path, Path], photos: Pat
 
 def test_stages_and_teachers_by_name(made: tuple[Path, Path], photos: Path, tmp_path: Path) -> None:
     torch.manual_seed(1)
-    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=3).state_dict(), tmp_path / "teacher.safetensors")
+    save_file(timm.create_model(NAME, num_classes=3).state_dict(), tmp_path / "teacher.safetensors")
     more = ["--teacher", NAME, "--teacher-checkpoint", str(tmp_path / "teacher.safetensors"), "--max-steps", "1"]
     result = run(app, command(made, photos, tmp_path / "out", "--stages", "local,distill=2", *more))
     assert result.exit_code == 0, result.output

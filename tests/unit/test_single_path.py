@@ -323,7 +323,7 @@ def test_a_state_dict_holds_everything(search: Search) -> None:
     assert torch.equal(run(other.model, images(search)), run(search.model, images(search)))
 
 
-@pytest.mark.parametrize("name", ["vit", "swin"])
+@pytest.mark.parametrize("name", ["vit", pytest.param("swin", marks=pytest.mark.slow)])
 def test_it_compiles_into_one_graph(name: str) -> None:
     """In train mode, without graph breaks; the gradients are those of the plain model."""
     model = vit(depth=1) if name == "vit" else swin(depths=(2,), num_heads=(3,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +189,19 @@ def test_all_passes_of_a_conversion(hybrid: msa2conv.Conversion, tmp_path: Path)
     assert msa2conv.streamline(after) is after
     alone = [after.model(image[None]) for image in x]
     torch.testing.assert_close(torch.cat(alone), found, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_what_it_is(hybrid: msa2conv.Conversion, dtype: torch.dtype) -> None:
+    narrow = replace(hybrid, model=copy.deepcopy(hybrid.model).to(dtype))
+    after = msa2conv.streamline(narrow, images=images(4, 56))
+    assert set(after.report.streamlined) >= {"unwindow"}
+    assert {tensor.dtype for tensor in after.model.parameters()} == {dtype}
+    x = images(2, 56, seed=1).to(dtype)
+    found, expected = after.model(x), narrow.model(x)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(found, expected, rtol=10 * eps, atol=10 * eps * float(expected.abs().max()))
 
 
 def test_a_pass_that_is_not_known() -> None:
