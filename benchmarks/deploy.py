@@ -51,6 +51,7 @@ COLUMNS = (
     "eager",
     "streamlined",
     "onnxruntime",
+    "rounds",
     "spread",
     "passes",
 )
@@ -129,6 +130,7 @@ def row(
         "eager": f"{eager.ratio('eager', 'dense'):.2f}",
         "streamlined": f"{eager.ratio('streamlined', 'dense'):.2f}",
         "onnxruntime": f"{onnx.ratio('hybrid', 'dense'):.2f}",
+        "rounds": rounds,
         "spread": f"{max(spreads):.0%}",
         "passes": ", ".join(f"{name} {sites}" for name, sites in fast.report.streamlined.items()),
     }  # fmt: skip
@@ -177,7 +179,7 @@ def save(args: argparse.Namespace, found: dict[str, Any]) -> None:
         is calibrated on {args.images} photos; the others have random weights, calibrated on {NOISE} images of noise, so
         that their plans are not those of a trained network.
         In time: `convert(0.7, latency_target=at most, batch_size=batch)`. Spread: the largest interquartile range over
-        the median.""",
+        the median, how noisy the machine was.""",
         key="row",
         order=lambda row: (MODELS.index(row["model"]), row["batch"], list(LEVERS).index(row["levers"])),
     )

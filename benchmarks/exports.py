@@ -1,10 +1,10 @@
 """What exported hybrids answer: onnxruntime and torch.export beside PyTorch, on real photos.
 
-    python -m benchmarks.exports
+    python -m benchmarks.exports --weights vit_tiny_patch16_224.safetensors
 
-Six backbones at their own sizes, with random weights: whether files answer alike does not depend on these. Each is
-converted on the photos that come with msa2conv, with the default levers, and exported after `streamline`. In parts:
-`--models`.
+Six backbones at their own sizes, converted on the photos that come with msa2conv and exported after `streamline`. The
+ViT-Ti is trained and converted with the default levers; the others have random weights and no merging, since the tokens
+of an untrained network are so much alike that rounding decides which merge. In parts: `--models`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ import timm
 import torch
 
 import msa2conv
+from msa2conv.levers import DEFAULT
 
-from .common import write
+from .common import vit_tiny, write
 
+VIT = "vit_tiny_patch16_224"
 MODELS = (
-    "vit_tiny_patch16_224",
+    VIT,
     "deit_tiny_distilled_patch16_224",
     "swin_tiny_patch4_window7_224",
     "eva02_tiny_patch14_224",
@@ -34,31 +36,36 @@ BUDGET = 0.8
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, help="of the ViT-Ti; without them it is left out")
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--images", type=int, default=16, help="photos that calibrate")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     for name in args.models:
-        found = row(name, args.images, args.seed)
+        if name == VIT and args.weights is None:
+            continue
+        found = row(name, args.weights if name == VIT else None, args.images, args.seed)
         print(found, flush=True)
         write(
             "exports",
-            "python -m benchmarks.exports",
+            "python -m benchmarks.exports --weights vit_tiny_patch16_224.safetensors",
             args.seed,
             [found],
             f"""Largest difference to PyTorch's outputs on eight real photos, relative to the largest output, float32;
-            hybrids at {BUDGET:.0%} of the FLOPs, by the default levers, of networks with random weights, streamlined. A
-            file that differs by more than 1e-04 is not written. Half: onnxruntime in float16, where rounding decides
-            which tokens merge; MB: in float32 and in float16.""",
+            hybrids at {BUDGET:.0%} of the FLOPs, streamlined; random weights but for the ViT-Ti. A file that differs by
+            more than 1e-04 is not written. Half: onnxruntime in float16, where rounding may decide which tokens merge;
+            MB: in float32 and in float16.""",
             key="model",
             order=lambda row: MODELS.index(row["model"]) if row["model"] in MODELS else len(MODELS),
         )
 
 
-def row(name: str, images: int, seed: int) -> dict[str, Any]:
+def row(name: str, weights: Path | None, images: int, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
-    model = timm.create_model(name).eval()
-    result = msa2conv.streamline(msa2conv.convert(model, BUDGET, images=images, seed=seed, progress=False))
+    model = timm.create_model(name).eval() if weights is None else vit_tiny(weights)
+    levers = ("mixer", "ffn", "thin_attention") if weights is None else DEFAULT
+    hybrid = msa2conv.convert(model, BUDGET, images=images, levers=levers, seed=seed, progress=False)
+    result = msa2conv.streamline(hybrid)
     with tempfile.TemporaryDirectory() as folder:
         onnx = msa2conv.export_onnx(result, Path(folder, "hybrid.onnx"), dynamic_batch=True)
         half = msa2conv.export_onnx(result, Path(folder, "half.onnx"), half=True)
@@ -67,6 +74,7 @@ def row(name: str, images: int, seed: int) -> dict[str, Any]:
     changed = sum(site.after != site.before for site in result.report.sites)
     return {
         "model": name,
+        "levers": "nothing merged" if weights is None else "the default",
         "FLOPs": f"{result.plan.flops / result.plan.base.flops:.3f}",
         "sites changed": f"{changed} of {len(result.report.sites)}",
         "onnxruntime": f"{onnx.difference:.1e}",

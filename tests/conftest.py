@@ -90,13 +90,17 @@ def case_of(name: str) -> Case:
     return Case(name, model, before, after, work, images, seen, result.calibration, result)
 
 
+@pytest.hookimpl(tryfirst=True)  # before those that are not asked for are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of one tiny model run on one worker, so that it is calibrated and converted once."""
     for item in items:
         params = getattr(getattr(item, "callspec", None), "params", {})
-        name = params.get("case", params.get("name"))
+        every = params.get("case", params.get("a"))  # the fixtures that are every tiny model in turn
+        name = params.get("name", every)
         if name in tiny.NAMES:
             item.add_marker(pytest.mark.xdist_group(f"tiny {name}"))
+        if every in tiny.VARIANTS:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(params=tiny.NAMES)

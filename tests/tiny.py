@@ -134,6 +134,7 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "foreign": GridNet,
 }
 NAMES = tuple(BUILDERS)
+VARIANTS = ("deit3", "registers", "avg_pool", "swin")  # of what others in the list have too: for `make test-all`
 SIZES = {"non_square": (32, 48), "swin": (56, 56), "swin_padded": (56, 72), "foreign": (24, 16)}
 
 

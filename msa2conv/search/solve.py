@@ -14,6 +14,7 @@ from .relaxation import bounds, steps, worth_trying
 Choices = dict[str, Option]
 _FINE = 1e-3  # gap of the optimum under a limit: what is measured is not known better
 SLACK = 0.2  # how much worse, in its price, a plan may be that merges at fewer sites
+NEGLIGIBLE = 1e-3  # ... or by as much as an option of this score (nats, or relative error) costs
 
 
 def solve(
@@ -138,20 +139,21 @@ def fewest_merges(
     choices: Choices,
     price: Callable[[Option], float] | None = None,
 ) -> Choices:
-    """Of the solutions that are within `SLACK` of an optimum, the best that merge at the fewest sites.
+    """Of the solutions that are nearly as good as an optimum, the best that merge at the fewest sites.
 
     Comparing and gathering tokens takes time but hardly any FLOPs, so that a merge more for the last percent of a price
-    is no gain. The budget is used as the optimum uses it.
+    is no gain. Nearly as good: dearer by at most `SLACK` and what one option of score `NEGLIGIBLE` costs. The budget is
+    used as the optimum uses it.
 
     Args:
         options, rest, budget, price: as for `solve`.
         choices: what `solve` found.
     """
     price = price or _score
-    best = sum(map(price, choices.values()))
-    if not any(option.merges for option in choices.values()) or not best > 0:
+    if not any(option.merges for option in choices.values()):
         return choices
-    limit = Limit(price, lambda setting: 0.0, 0.0, (1 + SLACK) * best)
+    most = (1 + SLACK) * sum(map(price, choices.values())) + price(Option("", "", 0, score=NEGLIGIBLE))
+    limit = Limit(price, lambda setting: 0.0, 0.0, most)
 
     def count(option: Option) -> float:
         """Merges first, prices (less than one in sum) among equals."""

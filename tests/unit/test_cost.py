@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 
 import pytest
@@ -38,11 +38,12 @@ def published_flops(name: str) -> int:
 def torchs_count(model: nn.Module, inputs: Tensor) -> int:
     """FlopCounterMode counts 2 a multiply-add and no norms; fvcore counts 5 an element of a LayerNorm."""
     norms: list[int] = []
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.register_forward_hook(lambda _m, _a, out: norms.append(5 * out.numel()))
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it sees no fused one on some CPUs
-        model(inputs)
+    layers = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    with ExitStack() as hooks, FlopCounterMode(display=False) as counter:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(lambda _m, _a, out: norms.append(5 * out.numel())))
+        with sdpa_kernel(SDPBackend.MATH):  # it sees no fused one on some CPUs
+            model(inputs)
     assert norms
     return counter.get_total_flops() // 2 + sum(norms)
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 from msa2conv.errors import InfeasibleBudget
 from msa2conv.options import Option
 from msa2conv.plan import Wrap
-from msa2conv.search.solve import PRICES, SLACK, diverse, fewest_merges, solve, solve_settings
+from msa2conv.search.solve import NEGLIGIBLE, PRICES, SLACK, diverse, fewest_merges, solve, solve_settings
 from msa2conv.settings import AS_IT_IS, Limit, Setting, least_flops
 
 Options = dict[str, list[Option]]
@@ -119,7 +119,7 @@ def test_the_fewest_merges_at_nearly_the_best_price_are_brute_forces(
         for site, group in options.items()
     }
     best = solve(options, rest, budget)
-    most = (1 + SLACK) * sum(option.score or 0.0 for option in best.values())
+    most = (1 + SLACK) * sum(option.score or 0.0 for option in best.values()) + NEGLIGIBLE
     least = min(0.99 * budget, total(best, rest))
     possible = [
         (sum(option.merges for option in plan), price)
@@ -131,11 +131,8 @@ def test_the_fewest_merges_at_nearly_the_best_price_are_brute_forces(
     assert list(found) == list(options)
     assert least <= total(found, rest) <= budget
     merges, price = min(possible)
-    if most > 0:
-        assert sum(option.merges for option in found.values()) == merges
-        assert sum(option.score or 0.0 for option in found.values()) == pytest.approx(price, rel=1e-4, abs=1e-5)
-    else:
-        assert found == best
+    assert sum(option.merges for option in found.values()) == merges
+    assert sum(option.score or 0.0 for option in found.values()) == pytest.approx(price, rel=1e-4, abs=1e-5)
 
 
 def test_a_plan_that_merges_less_is_taken_where_it_is_nearly_as_good() -> None:
@@ -147,6 +144,8 @@ def test_a_plan_that_merges_less_is_taken_where_it_is_nearly_as_good() -> None:
     assert diverse(options, 0, 150)["additive"]["b"] is half
     worse = dataclasses.replace(half, score=1.0 + SLACK + 0.01)
     assert diverse(options | {"b": [*options["b"][:1], worse, merged]}, 0, 150)["additive"]["b"] is merged
+    free, nearly = dataclasses.replace(merged, score=0.0), dataclasses.replace(half, score=0.9 * NEGLIGIBLE)
+    assert diverse(options | {"b": [*options["b"][:1], nearly, free]}, 0, 150)["additive"]["b"] is nearly
 
 
 # Settings
