@@ -214,15 +214,23 @@ def merge(
     for count, going in schedule:
         left = prefix + groups * (count - going)
         then_N = _then(sums_BNC, prefix, groups, count, going, watch)
-        # Rows are added up by their numbers: on a CPU in a tenth of the time of `scatter_add`.
-        sums_KC = sums_BNC.new_zeros(batch * left, channels).index_add_(0, then_N, sums_BNC.reshape(-1, channels))
-        sums_BNC = sums_KC.reshape(batch, left, channels)
+        sums_BNC = _added(sums_BNC.reshape(-1, channels), then_N, batch * left).reshape(batch, left, channels)
         row_N = then_N if row_N is None else then_N.index_select(0, row_N)
     assert row_N is not None
     each_N = sums_BNC.new_ones(1).expand(row_N.shape) if before is None else before.size_BK.flatten()
-    size_BK = sums_BNC.new_zeros(batch * left).index_add_(0, row_N, each_N).reshape(batch, left)
+    size_BK = _added(each_N, row_N, batch * left).reshape(batch, left)
     row_N = row_N if before is None else row_N.index_select(0, before.row_N)
     return Fewer(sums_BNC.div_(size_BK[..., None]), size_BK, row_N)
+
+
+def _added(rows: Tensor, to_N: Tensor, count: int) -> Tensor:
+    """Rows added up where they go, by number: on a CPU in a tenth of the time of `scatter_add`.
+
+    Halves are added up as floats: onnxruntime has no such sum of halves on a CPU, and it is the more exact one.
+    """
+    if rows.dtype == torch.float16:
+        return _added(rows.float(), to_N, count).half()
+    return rows.new_zeros(count, *rows.shape[1:]).index_add_(0, to_N, rows)
 
 
 def _then(sums_BNC: Tensor, prefix: int, groups: int, count: int, going: int, watch: Watch | None) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import msa2conv
 from msa2conv.errors import ExportFailed, InvalidArgument, InvalidOutputPath, MissingDependency
+from msa2conv.merging import Merged
 
 BLOCKED = """
 import sys
@@ -76,6 +77,13 @@ def test_half_precision_is_half_the_size_and_its_difference_is_told(tmp_path: Pa
     assert 1e-4 < half.difference < 0.1
     size = half.path.stat().st_size / 1e6
     assert str(half) == f"{half.path}: {size:.1f} MB; {half.runtime} differs by {half.difference:.1e} on 8 images"
+
+
+def test_a_hybrid_that_merges_runs_in_half_precision(tmp_path: Path) -> None:
+    result = converted()
+    assert any(isinstance(module, Merged) for module in result.model.modules())
+    exported = msa2conv.export_onnx(result, tmp_path / "half.onnx", half=True, images=images(8))
+    assert exported.difference < 0.5, "rounding may decide which tokens merge, no more"
 
 
 @pytest.mark.parametrize("opset", [17, 99])
