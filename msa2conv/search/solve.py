@@ -166,8 +166,8 @@ def fewest_merges(
     if found is None or rest + sum(option.flops for option in found.values()) < least:
         every = worth_trying(options, rest, budget, price, limit.most)
         found = _solve(every, rest, least, budget, count, limit)
-    fewer = found is not None and sum(map(count, found.values())) < sum(map(count, choices.values()))
-    return found if found is not None and fewer else choices
+    candidates = [choices] if found is None else [choices, found]
+    return min(candidates, key=lambda plan: sum(map(count, plan.values())))
 
 
 def _undominated(group: Sequence[Option], price: Callable[[Option], float], limit: Limit | None = None) -> list[Option]:
