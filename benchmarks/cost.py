@@ -59,7 +59,8 @@ def main() -> None:
             rows.append(row)
             print(row, flush=True)
         if args.sweep:
-            write("cost_sweep", "python -m benchmarks.cost --sweep", args.seed, rows, note, key="model")
+            command = f"python -m benchmarks.cost --sweep --models {name} --images {args.images}"
+            write("cost_sweep", command, args.seed, rows, note, key="model")
         elif args.compare:
             write("cost_levers", "python -m benchmarks.cost --compare", args.seed, rows, note, key="model")
         else:

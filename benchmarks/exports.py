@@ -18,11 +18,10 @@ import timm
 import torch
 
 import msa2conv
-from msa2conv.levers import DEFAULT
 
 from .common import vit_tiny, write
+from .deploy import LEVERS, VIT
 
-VIT = "vit_tiny_patch16_224"
 MODELS = (
     VIT,
     "deit_tiny_distilled_patch16_224",
@@ -63,8 +62,8 @@ def main() -> None:
 def row(name: str, weights: Path | None, images: int, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     model = timm.create_model(name).eval() if weights is None else vit_tiny(weights)
-    levers = ("mixer", "ffn", "thin_attention") if weights is None else DEFAULT
-    hybrid = msa2conv.convert(model, BUDGET, images=images, levers=levers, seed=seed, progress=False)
+    levers = "nothing merged" if weights is None else "the default"
+    hybrid = msa2conv.convert(model, BUDGET, images=images, levers=LEVERS[levers], seed=seed, progress=False)
     result = msa2conv.streamline(hybrid)
     with tempfile.TemporaryDirectory() as folder:
         onnx = msa2conv.export_onnx(result, Path(folder, "hybrid.onnx"), dynamic_batch=True)
@@ -74,7 +73,7 @@ def row(name: str, weights: Path | None, images: int, seed: int) -> dict[str, An
     changed = sum(site.after != site.before for site in result.report.sites)
     return {
         "model": name,
-        "levers": "nothing merged" if weights is None else "the default",
+        "levers": levers,
         "FLOPs": f"{result.plan.flops / result.plan.base.flops:.3f}",
         "sites changed": f"{changed} of {len(result.report.sites)}",
         "onnxruntime": f"{onnx.difference:.1e}",

@@ -22,7 +22,12 @@ _ROUNDING = 1e-9  # of a sum of prices
 
 def steps(setting: Setting, price: Callable[[Option], float]) -> float:
     """What the steps of a setting cost."""
-    return sum(price(Option("", "", 0, score=score)) for score in setting.scores)
+    return sum(price_of(score, price) for score in setting.scores)
+
+
+def price_of(score: float, price: Callable[[Option], float]) -> float:
+    """What an option of this score costs."""
+    return price(Option("", "", 0, score=score))
 
 
 def bounds(
@@ -81,10 +86,10 @@ def worth_trying(
     def left(picked: Sequence[int]) -> float:
         return room - sum(float(taken[at]) for taken, at in zip(flops, picked, strict=True))
 
-    low, high = 0.0, 0.0
     bound, picked = at(0.0)
     best = bound, 0.0
     if left(picked) < 0:
+        low = 0.0
         high = max(float(worth.max()) for worth in prices) / max(1.0, room) or 1.0
         while left(at(high)[1]) < 0:
             low, high = high, 2 * high
@@ -127,4 +132,4 @@ def _improved(
         picked[index] = other
 
 
-__all__ = ["bounds", "steps", "worth_trying"]
+__all__ = ["bounds", "price_of", "steps", "worth_trying"]

@@ -9,7 +9,7 @@ import numpy as np
 from ..errors import InfeasibleBudget
 from ..options import Option
 from ..settings import AS_IT_IS, Limit, Options, Setting, inside, least_flops, on_tokens
-from .relaxation import bounds, steps, worth_trying
+from .relaxation import bounds, price_of, steps, worth_trying
 
 Choices = dict[str, Option]
 _FINE = 1e-3  # gap of the optimum under a limit: what is measured is not known better
@@ -152,7 +152,7 @@ def fewest_merges(
     price = price or _score
     if not any(option.merges for option in choices.values()):
         return choices
-    most = (1 + SLACK) * sum(map(price, choices.values())) + price(Option("", "", 0, score=NEGLIGIBLE))
+    most = (1 + SLACK) * sum(map(price, choices.values())) + price_of(NEGLIGIBLE, price)
     limit = Limit(price, lambda setting: 0.0, 0.0, most)
 
     def count(option: Option) -> float:

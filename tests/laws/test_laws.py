@@ -200,7 +200,13 @@ def test_the_budget_is_never_exceeded_and_is_used(case: Case) -> None:
     assert used >= 6, "the tiny models ought to allow most budgets"
 
 
-@pytest.mark.parametrize("name", ["vit", "swin_padded", "foreign"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("vit", "swin_padded", "foreign") else pytest.param(name, marks=pytest.mark.slow)
+        for name in tiny.NAMES
+    ],
+)
 @pytest.mark.parametrize("share", [0.02, 0.97])
 def test_convert_keeps_a_budget_at_either_end(name: str, share: float) -> None:
     case = case_of(name)
