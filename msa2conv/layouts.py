@@ -143,6 +143,12 @@ class Layout(BaseModel):
         return self._groups.index(["c"])
 
     @property
+    def channels_last(self) -> bool:
+        """Whether a map is a view of its tokens, which then are the map with its channels last."""
+        whole = self._counts == (1, 1) and self._padded == self.grid and not any(self.shift) and not self.strides
+        return whole and self.pattern in ("b (h w) c", "b h w c")
+
+    @property
     def _sequence(self) -> int:
         """Which dimension of a sequence its tokens lie in."""
         return 1 - self._groups.index(["b"])

@@ -39,17 +39,18 @@ def fold_norms(edits: tuple[Edit, ...], model: nn.Module) -> tuple[tuple[Edit, .
 
 @torch.no_grad()
 def _without_norm(old: ConvMixer, edit: Replace) -> nn.Module:
-    assert isinstance(edit.spec, Conv) and isinstance(old.expand, nn.Conv2d) and old.expand.bias is not None
+    assert isinstance(edit.spec, Conv) and isinstance(old.expand, (nn.Conv2d, nn.Linear))
     state = {name: value for name, value in old.state_dict().items() if not name.startswith("norm.")}
     scale_R, shift_R = _affine(old.norm)
-    state["reduce.weight"] = old.reduce.weight * scale_R[:, None, None, None]
-    bias_R = shift_R if old.reduce.bias is None else shift_R + scale_R * old.reduce.bias
+    weight = state["reduce.weight"]
+    state["reduce.weight"] = weight * scale_R.reshape(-1, *(1 for _ in weight.shape[1:]))
+    bias_R = shift_R + scale_R * state["reduce.bias"]
     if edit.spec.act is not None:
         state["reduce.bias"] = bias_R
         return restated(edit, old, state)
     # nothing stands between the two convolutions now: the second one's bias takes it all
     state.pop("reduce.bias", None)
-    state["expand.bias"] = old.expand.bias + old.expand.weight[:, :, 0, 0] @ bias_R
+    state["expand.bias"] = state["expand.bias"] + state["expand.weight"].flatten(1) @ bias_R
     return restated(edit, old, state if edit.spec.bottleneck else joined(state))
 
 

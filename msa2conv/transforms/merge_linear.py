@@ -44,7 +44,7 @@ def _cheaper(spec: Conv) -> bool:
 @torch.no_grad()
 def joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The values of a linear `ConvMixer` with its second convolution worked into the first, which has no bias."""
-    expand_OR, reduce_RIHW = state["expand.weight"][:, :, 0, 0], state["reduce.weight"]
-    weight_OIHW = torch.einsum("or,rihw->oihw", expand_OR.double(), reduce_RIHW.double())
+    expand_OR, reduce = state["expand.weight"].flatten(1), state["reduce.weight"]  # the latter [R, I, H, W] or [R, I]
+    weight = torch.einsum("or,r...->o...", expand_OR.double(), reduce.double())
     others = {name: value for name, value in state.items() if not name.startswith(("reduce.", "expand."))}
-    return {**others, "reduce.weight": weight_OIHW.to(reduce_RIHW), "reduce.bias": state["expand.bias"]}
+    return {**others, "reduce.weight": weight.to(reduce), "reduce.bias": state["expand.bias"]}

@@ -21,6 +21,7 @@ from msa2conv.plan import Edit, Plan, Replace, SetAttr
 from msa2conv.transforms.apply import apply_edits
 from msa2conv.transforms.fold_norm import fold_norms
 from msa2conv.transforms.merge_linear import merge_linear
+from msa2conv.transforms.tokenwise import tokenwise
 from msa2conv.transforms.unwindow import unwindow
 
 
@@ -70,6 +71,70 @@ def test_a_norm_between_convolutions_of_full_width_leaves_one() -> None:
     _, folded = fold_norms((edit,), model)
     torch.testing.assert_close(folded(x), model(x), rtol=1e-5, atol=1e-5)
     assert isinstance(folded[0].expand, nn.Identity)
+
+
+# tokenwise
+
+
+def of_tokens(layout: Layout) -> list[Spec]:
+    known: dict[str, Any] = {"layout": layout, "dim": 6, "prefix": PassPrefix() if layout.prefix else None}
+    return [
+        Conv(kernel=1, rank=3, context=True, **known),
+        Conv(kernel=1, rank=6, **known),
+        Conv(kernel=1, rank=3, norm="batch", act="relu", **known),
+        Depthwise(kernel=3, width=5, context=True, **known),
+    ]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layout", [Layout(grid=(4, 4), prefix=1), Layout(grid=(4, 4), pattern="b h w c")])
+def test_pointwise_convolutions_become_linear_layers(layout: Layout) -> None:
+    x = torch.randn(2, 17, 6) if layout.prefix else torch.randn(2, 4, 4, 6)
+    for spec in of_tokens(layout):
+        edit = Replace(path="0", spec=spec, io=IO())
+        model = randomised(nn.Sequential(spec.build(edit.io)))
+        (after,), linear = tokenwise((edit,), model)
+        kinds = [module.kernel_size for module in linear.modules() if isinstance(module, nn.Conv2d)]
+        assert (1, 1) not in kinds and any(isinstance(module, nn.Conv2d) for module in model.modules())
+        torch.testing.assert_close(linear(x), model(x), rtol=1e-6, atol=1e-6)
+        assert msa2conv.count_flops(linear, x[:1]) == msa2conv.count_flops(model, x[:1])
+        again = nn.Sequential(after.spec.build(after.io)).eval()  # what a file holds makes the same network
+        again.load_state_dict(linear.state_dict())
+        assert torch.equal(again(x), linear(x)) and tokenwise((after,), linear)[0] == (after,)
+
+
+@torch.no_grad()
+def test_nothing_is_copied_for_a_linear_layer() -> None:
+    edit = bottleneck(rank=3)
+    model = randomised(nn.Sequential(edit.spec.build(edit.io)))
+    counts = []
+    for network in (model, tokenwise((edit,), model)[1]):
+        with torch.profiler.profile() as profile:
+            network(torch.randn(1, 17, 6))
+        counts.append(sum(event.count for event in profile.key_averages() if event.key == "aten::clone"))
+    assert counts[1] == 0 < counts[0]
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [Layout(grid=(4, 4), pattern="b c h w"), Layout(pattern="(b nh nw) (h w) c", grid=(14, 14), window=(7, 7))],
+)
+def test_maps_that_do_not_lie_like_tokens_keep_their_convolutions(layout: Layout) -> None:
+    edit = bottleneck(layout=layout, prefix=None)
+    assert tokenwise((edit,), nn.Sequential(edit.spec.build(edit.io)))[0] == (edit,)
+    after_a_3x3 = bottleneck(kernel=3)
+    assert tokenwise((after_a_3x3,), nn.Sequential(after_a_3x3.spec.build(IO())))[0] == (after_a_3x3,)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spec", of_tokens(Layout(grid=(4, 4), prefix=1)))
+def test_passes_in_any_order(spec: Spec) -> None:
+    edit = Replace(path="0", spec=spec, io=IO())
+    model, x = randomised(nn.Sequential(spec.build(edit.io))), torch.randn(2, 17, 6)
+    edits, found = tokenwise((edit,), model)
+    for one in (fold_norms, merge_linear):
+        edits, found = one(edits, found)
+        torch.testing.assert_close(found(x), model(x), rtol=1e-5, atol=1e-5)
 
 
 # unwindow: blocks 0 and 1 of a Swin on a 14 x 14 map (7 x 7 windows, the second rolled), 16 x 20 when padded
@@ -206,7 +271,9 @@ def test_half_precision_stays_what_it_is(hybrid: msa2conv.Conversion, dtype: tor
 
 def test_a_pass_that_is_not_known() -> None:
     result = msa2conv.convert(vit(), 0.7, data=images(16), progress=False)
-    with pytest.raises(InvalidArgument, match="found 'fold'; expected some of fold_norms, merge_linear, unwindow"):
+    with pytest.raises(
+        InvalidArgument, match="found 'fold'; expected some of fold_norms, merge_linear, unwindow, tokenwise"
+    ):
         msa2conv.streamline(result, passes=["fold"])
     assert msa2conv.streamline(result, passes=()) is result
 
