@@ -1,12 +1,13 @@
-"""What a hybrid at 0.7 of the FLOPs takes where it runs: eager and in onnxruntime, one image at a time and in batches.
+"""What a hybrid at 0.7 of the FLOPs takes where it runs, one image at a time and in batches.
 
     python -m benchmarks.deploy --work deploy --weights vit_tiny_patch16_224.safetensors --photos imagenet_photos650.npz
+    python -m benchmarks.deploy --work deploy --device cuda ...     # bfloat16, eager and compiled
 
 Every network is one that `convert` makes, and the same after `streamline`; original, hybrid and streamlined take turns,
-and so do the exported files. Without `--weights` the ViT-Ti has random weights like the others, and is calibrated on
-noise. `--work` keeps calibrations, hybrids and exported files: interrupted, the same command continues, and rows that
-were measured before with the same versions are skipped (`--again` measures them anew). In parts: `--models`,
-`--batches`, `--levers`.
+and so do the exported files in onnxruntime on a CPU, and the compiled networks on a GPU. Without `--weights` the ViT-Ti
+has random weights like the others, and is calibrated on noise. `--work` keeps calibrations, hybrids and exported files:
+interrupted, the same command continues, and rows that were measured before with the same versions are skipped
+(`--again` measures them anew). In parts: `--models`, `--batches`, `--levers`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from msa2conv.errors import InfeasibleBudget
 from msa2conv.levers import DEFAULT
 from msa2conv.stopwatch import Samples, interleaved
 
-from .common import RESULTS, packed_photos, split, vit_tiny, write
+from .common import RESULTS, device_name, packed_photos, split, vit_tiny, write
 from .levers import ALL, calibrated, restricted
 
 VIT, BUDGET = "vit_tiny_patch16_224", 0.7
@@ -41,20 +42,13 @@ LEVERS = {
     "all": ALL,
     "nothing merged": ("mixer", "ffn", "thin_attention"),
 }
-COLUMNS = (
-    "row",
-    "model",
-    "batch",
-    "levers",
-    "FLOPs",
-    "at most",
-    "eager",
-    "streamlined",
-    "onnxruntime",
-    "rounds",
-    "spread",
-    "passes",
-)
+DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
+BATCHES = {"cpu": (1, 32), "cuda": (1, 64, 256)}
+COLUMNS = ("row", "model", "batch", "levers", "FLOPs", "at most", "eager", "streamlined")
+SECOND = {
+    "cpu": ("onnxruntime", "onnxruntime runs the latter too (over the exported original)."),
+    "cuda": ("compiled", "compiled: the latter by `torch.compile` with CUDA graphs (over the compiled original)."),
+}
 
 
 def main() -> None:
@@ -63,17 +57,19 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="of the ViT-Ti")
     parser.add_argument("--photos", type=Path, help="an npz of JPEGs that calibrates the ViT-Ti with these weights")
     parser.add_argument("--models", nargs="+", default=list(MODELS))
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--device", choices=BATCHES, default="cpu")
+    parser.add_argument("--batches", type=int, nargs="+", help="1 and 32 on a CPU; 1, 64 and 256 on a GPU")
     parser.add_argument("--levers", nargs="+", choices=LEVERS, default=list(LEVERS))
+    parser.add_argument("--compiled", nargs="*", choices=LEVERS, help="on a GPU: of which levers; all by default")
     parser.add_argument("--images", type=int, default=256, help="that calibrate")
     parser.add_argument("--rounds", type=int, default=31, help="at batch 1; a third of them in batches")
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    done = set() if args.again else measured(args.seed)
+    done = set() if args.again else measured(args)
     for name in args.models:
-        wanted = [(batch, levers) for batch in args.batches for levers in args.levers]
+        wanted = [(batch, levers) for batch in args.batches or BATCHES[args.device] for levers in args.levers]
         wanted = [pair for pair in wanted if f"{name} {pair[0]} {pair[1]}" not in done]
         if wanted:
             model, images = prepared(name, args)
@@ -82,11 +78,12 @@ def main() -> None:
                 save(args, {"row": f"{name} {batch} {levers}", **row(name, model, calibration, batch, levers, args)})
 
 
-def measured(seed: int) -> set[str]:
-    """Rows that are there already, with the versions of today."""
-    path = RESULTS / "deploy_cpu.json"
+def measured(args: argparse.Namespace) -> set[str]:
+    """Rows that are there already, from this device and with the versions of today."""
+    path = RESULTS / f"deploy_{args.device}.json"
     known = json.loads(path.read_text()) if path.is_file() else {}
-    same = known.get("seed") == seed and known.get("versions") == versions()
+    today = {"seed": args.seed, "versions": versions(), "device": device_name(args.device)}
+    same = all(known.get(part) == value for part, value in today.items())
     return {row["row"] for row in known["rows"]} if same else set()
 
 
@@ -94,9 +91,13 @@ def prepared(name: str, args: argparse.Namespace) -> tuple[nn.Module, Tensor | N
     torch.manual_seed(args.seed)
     if name != VIT or args.weights is None:
         model = timm.create_model(name).eval()
-        return model, torch.randn(NOISE, *model.pretrained_cfg["input_size"])
+        return placed(model, args), torch.randn(NOISE, *model.pretrained_cfg["input_size"])
     images, _ = packed_photos(args.photos)
-    return vit_tiny(args.weights), images[split(len(images), args.images, args.seed)[0]]
+    return placed(vit_tiny(args.weights), args), images[split(len(images), args.images, args.seed)[0]]
+
+
+def placed(model: nn.Module, args: argparse.Namespace) -> nn.Module:
+    return model.to(args.device, DTYPES[args.device])
 
 
 def bound(name: str, batch: int) -> float:
@@ -116,24 +117,30 @@ def row(
     except InfeasibleBudget as error:
         return found | {"eager": f"refused: {error.expected}"}
     fast = msa2conv.streamline(hybrid)
-    example = torch.zeros(1, *hybrid.plan.base.input_size).expand(batch, -1, -1, -1).contiguous()
-    original = exported(model, args.work / f"{name}.onnx")
-    rounds = args.rounds if batch == 1 else max(3, args.rounds // 3)
+    size = (batch, *hybrid.plan.base.input_size)
+    example = torch.randn(size, generator=torch.Generator().manual_seed(args.seed)).to(args.device, DTYPES[args.device])
+    rounds = args.rounds if batch == 1 or args.device == "cuda" else max(3, args.rounds // 3)
     networks = {"dense": model, "eager": hybrid.model.eval(), "streamlined": fast.model.eval()}
-    eager = timed({name: partial(network, example) for name, network in networks.items()}, rounds)
+    samples = [timed({name: partial(network, example) for name, network in networks.items()}, rounds, args)]
+    found |= {of: f"{samples[0].ratio(of, 'dense'):.2f}" for of in ("eager", "streamlined")}
     # Apart: the threads of either library keep a core busy for a while when they are done.
-    files = {"dense": original, "hybrid": exported(fast, stem.with_name(f"{stem.name}.onnx"))}
-    onnx = timed({name: session(file, example) for name, file in files.items()}, rounds)
-    spreads = [samples.timing(call).spread for samples in (eager, onnx) for call in samples.seconds]
+    calls: dict[str, Callable[[], Any]] = {}
+    if args.device == "cpu":
+        files = {"dense": exported(model, args.work / f"{name}.onnx")}
+        files["hybrid"] = exported(fast, stem.with_name(f"{stem.name}.onnx"))
+        calls = {name: session(file, example) for name, file in files.items()}
+    elif args.compiled is None or levers in args.compiled:
+        torch.compiler.reset()  # PyTorch keeps few compiled versions of a forward, and every network brings its own
+        calls = {name: compiled(network, example) for name, network in (("dense", model), ("hybrid", fast.model))}
+    if calls:
+        samples.append(timed(calls, rounds, args))
+        found[SECOND[args.device][0]] = f"{samples[1].ratio('hybrid', 'dense'):.2f}"
     return found | {
         "FLOPs": f"{hybrid.plan.flops / hybrid.plan.base.flops:.3f}",
-        "eager": f"{eager.ratio('eager', 'dense'):.2f}",
-        "streamlined": f"{eager.ratio('streamlined', 'dense'):.2f}",
-        "onnxruntime": f"{onnx.ratio('hybrid', 'dense'):.2f}",
         "rounds": rounds,
-        "spread": f"{max(spreads):.0%}",
+        "spread": f"{max(each.timing(call).spread for each in samples for call in each.seconds):.0%}",
         "passes": ", ".join(f"{name} {sites}" for name, sites in fast.report.streamlined.items()),
-    }  # fmt: skip
+    }
 
 
 def converted(
@@ -161,27 +168,40 @@ def session(path: Path, example: Tensor) -> Callable[[], Any]:
     return partial(found.run, None, {found.get_inputs()[0].name: example.numpy()})
 
 
-def timed(calls: dict[str, Callable[[], Any]], rounds: int) -> Samples:
-    return interleaved(calls, torch.device("cpu"), rounds)
+def compiled(network: nn.Module, example: Tensor) -> Callable[[], Any]:
+    """With CUDA graphs, for one shape."""
+    found = torch.compile(network, mode="reduce-overhead", dynamic=False)
+
+    def call() -> None:
+        torch.compiler.cudagraph_mark_step_begin()
+        found(example)
+
+    return call
+
+
+def timed(calls: dict[str, Callable[[], Any]], rounds: int, args: argparse.Namespace) -> Samples:
+    return interleaved(calls, torch.device(args.device), rounds)
 
 
 def save(args: argparse.Namespace, found: dict[str, Any]) -> None:
     print(found, flush=True)
+    dtype, device = str(DTYPES[args.device]).removeprefix("torch."), args.device
     write(
-        "deploy_cpu",
-        "python -m benchmarks.deploy --work deploy --weights vit_tiny_patch16_224.safetensors "
-        "--photos imagenet_photos650.npz",
+        f"deploy_{device}",
+        f"python -m benchmarks.deploy --work deploy --weights vit_tiny_patch16_224.safetensors "
+        f"--photos imagenet_photos650.npz{' --device cuda' if device == 'cuda' else ''}",
         args.seed,
-        [{column: found.get(column, "") for column in COLUMNS}],
-        f"""Time over the original's at {BUDGET:.0%} of its FLOPs, float32: medians of ratios of calls that took turns.
+        [{column: found.get(column, "") for column in (*COLUMNS, SECOND[device][0], "rounds", "spread", "passes")}],
+        f"""Time over the original's at {BUDGET:.0%} of its FLOPs, {dtype}: medians of ratios of calls that took turns.
         At most: what a row must reach. Eager: as `convert` returns it; streamlined:
-        after `msa2conv.streamline`, which onnxruntime runs too (over the exported original). The ViT-Ti
+        after `msa2conv.streamline`; {SECOND[device][1]} The ViT-Ti
         is calibrated on {args.images} photos; the others have random weights, calibrated on {NOISE} images of noise, so
         that their plans are not those of a trained network.
-        In time: `convert(0.7, latency_target=at most, batch_size=batch)`. Spread: the largest interquartile range over
-        the median, how noisy the machine was.""",
+        In time: `convert(0.7, latency_target=at most, batch_size=batch)`, timed eager. Spread: the largest
+        interquartile range over the median, how noisy the machine was.""",
         key="row",
         order=lambda row: (MODELS.index(row["model"]), row["batch"], list(LEVERS).index(row["levers"])),
+        device=device,
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -310,7 +311,8 @@ def league(stage: runner.Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         find = lambda name: stand_in if stand_in is not None and name == "vbp" else methods()[name]  # noqa: E731
         monkeypatch.setattr(runner, "method_of", find)
         monkeypatch.setattr(runner, "read_experiment", lambda tier, name: SMALL)
-        return runner.run_all(names, lambda experiment: stage, out=tmp_path / "results", say=lambda _: None, **options)
+        options = {"out": tmp_path / "results", "say": lambda _: None, **options}
+        return runner.run_all(names, lambda experiment: stage, **options)
 
     return run
 
@@ -327,7 +329,38 @@ def test_an_interrupted_sweep_goes_on(league: Callable[..., list[Name]], tmp_pat
     assert league(names, method) == [] and method.asked == 2
     league(names, method, again=True)
     assert method.asked == 3
-    assert sorted(path.suffix for path in out.rglob("*") if path.is_file()) == [".json", ".json"]
+    assert sorted(path.suffix for path in out.rglob("*") if path.is_file() and path.suffix != ".lock") == [".json"] * 2
+
+
+def test_processes_leave_runs_to_each_other(league: Callable[..., list[Name]], tmp_path: Path) -> None:
+    names, out, lines = [name_of("dense", 1.0), name_of("vbp")], tmp_path / "results", list[str]()
+    lock = names[0].path(out).with_suffix(".lock")
+    lock.parent.mkdir(parents=True)
+    with FileLock(lock):
+        assert league(names, say=lines.append) == []
+    assert lines[0] == "small/deit_fashion dense-1-s0: another process is at it"
+    assert not names[0].path(out).is_file() and names[1].path(out).is_file()
+
+
+def test_what_another_process_did_meanwhile_is_done(league: Callable[..., list[Name]], tmp_path: Path) -> None:
+    """Also if it failed, and if everything is to be done again."""
+    names, out = [name_of("dense", 1.0), name_of("vbp")], tmp_path / "results"
+    refuses = Interrupts(msa2conv.errors.InfeasibleBudget("budget", "5", "7", "Ask for more."))
+
+    def meanwhile(line: str) -> None:
+        if line.startswith("small/deit_fashion dense-1-s0: 1.000"):
+            league(names[1:], refuses)
+
+    assert league(names, refuses, say=meanwhile, again=True) == [] and refuses.asked == 1
+    assert names[1].path(out, failed=True).is_file() and not names[1].path(out).exists()
+
+
+@torch.no_grad()
+def test_time_may_be_taken_elsewhere(stage: runner.Stage) -> None:
+    elsewhere = replace(stage, time_on="cpu")
+    assert set(elsewhere.speed(stage.parent)) == {1, 32} and re.search(
+        r"threads, timed on .*threads$", elsewhere.device
+    )
 
 
 def test_a_refusal_is_kept_until_it_works(league: Callable[..., list[Name]], tmp_path: Path) -> None:

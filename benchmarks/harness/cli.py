@@ -45,7 +45,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace, experiment: Experiment) -> Stage:
-    return Stage.prepare(experiment, args.data, args.weights, args.device)
+    return Stage.prepare(experiment, args.data, args.weights, args.device, args.time_on)
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--budgets", nargs="+", type=float, default=[])
     run.add_argument("--seeds", nargs="+", type=int, default=[])
     run.add_argument("--device", default="cpu")
+    run.add_argument("--time-on", help="another device to time on, for a GPU that several processes share")
     run.add_argument("--threads", type=int, default=torch.get_num_threads())
     run.add_argument("--again", action="store_true", help="also what is done")
     run.add_argument("--quiet", action="store_true")

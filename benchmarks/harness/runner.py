@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from msa2conv.api import versions
@@ -25,7 +27,7 @@ from .data import Data
 from .measuring import answers, block_flops, peak_memory, quality, speed, torch_flops
 from .parents import load_parent, parent_of
 from .reading import read
-from .result import RESULTS, Circumstances, Failure, Name, Result, git_sha, write
+from .result import RESULTS, Circumstances, Failure, Name, Result, Speed, git_sha, write
 from .training import train
 
 
@@ -38,20 +40,29 @@ class Stage:
         parent: in eval mode, on the device.
         data: images.
         example: one made-up image on the device.
+        time_on: another device to time on; a GPU that several runs share, say, is no place for that.
     """
 
     experiment: Experiment
     parent: nn.Module
     data: Data
     example: Tensor
+    time_on: str | None = None
 
     @classmethod
-    def prepare(cls, experiment: Experiment, data: Path, weights: Path | None = None, device: str = "cpu") -> Stage:
+    def prepare(
+        cls,
+        experiment: Experiment,
+        data: Path,
+        weights: Path | None = None,
+        device: str = "cpu",
+        time_on: str | None = None,
+    ) -> Stage:
         """Read the parent and the images; raises typed errors that say how to get what is missing."""
         parent = parent_of(experiment.parent)
         images = read(experiment.data, data, parent.input[1], experiment.train_images, experiment.test_images)
         model = load_parent(experiment.parent, weights).to(device).requires_grad_(False)
-        return cls(experiment, model, images, parent.example.to(device))
+        return cls(experiment, model, images, parent.example.to(device), time_on)
 
     @cached_property
     def reference(self) -> tuple[Tensor, Tensor]:
@@ -65,6 +76,19 @@ class Stage:
     @cached_property
     def digest(self) -> str:
         return weights_sha256(self.parent)
+
+    @property
+    def device(self) -> str:
+        """Where it runs, in words."""
+        name = device_name(str(self.example.device))
+        return name if self.time_on is None else f"{name}, timed on {device_name(self.time_on)}"
+
+    def speed(self, model: nn.Module) -> dict[int, Speed]:
+        """{batch size: time of a network beside the parent's}."""
+        where = self.example.device if self.time_on is None else torch.device(self.time_on)
+        networks = [each if where == self.example.device else copy.deepcopy(each) for each in (model, self.parent)]
+        model, parent = (each.to(where) for each in networks)
+        return speed(model, parent, self.example.to(where), self.experiment.latency_rounds)
 
     def context(self, seed: int, progress: bool = False) -> Context:
         experiment = self.experiment
@@ -119,7 +143,7 @@ def run_one(stage: Stage, name: Name, method: Method, told: Circumstances, progr
     rules.check_budget(count_flops(model, example), budget)
     invariance = rules.check_batch_invariance(model, *stage.data.test.sample(rules.SAMPLE))
     with clock("time"):
-        timed = speed(model, parent, example, experiment.latency_rounds)
+        timed = stage.speed(model)
     blocks, parent_blocks = block_flops(model, example), block_flops(parent, example)
     rules.check_same_network(model, finished)
     return Result(
@@ -157,6 +181,8 @@ def run_all(
 ) -> list[Name]:
     """Run what is not done yet; a run that is refused leaves a file that says why, and the others go on.
 
+    Several processes may do so at once: what one is at, the others leave to it.
+
     Args:
         names: the runs.
         prepare: an experiment with its parent and images; called once an experiment, and only if it is needed.
@@ -168,25 +194,36 @@ def run_all(
         Those that failed.
     """
     stages: dict[tuple[str, str], Stage] = {}
-    failed = []
+    failed, started = [], time.time()
     for name in names:
-        path = name.path(out)
-        if path.is_file() and not again:
-            say(f"{name.tier}/{name.experiment} {name.stem}: done ({path})")
-            continue
-        key = (name.tier, name.experiment)
-        if key not in stages:
-            stages = {key: prepare(read_experiment(*key))}
-        stage = stages[key]
-        told = circumstances(stage, name)
+        path, what = name.path(out), f"{name.tier}/{name.experiment} {name.stem}"
+        failure = name.path(out, failed=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            outcome: Result | Failure = run_one(stage, name, method_of(name.method), told, progress)
-        except Msa2ConvError as error:
-            outcome = Failure(name=name, error=f"{type(error).__name__}: {error}", circumstances=told)
-            failed.append(name)
-        write(outcome, out)
-        say(f"{name.tier}/{name.experiment} {name.stem}: {_line(outcome)}")
+            with FileLock(path.with_suffix(".lock"), blocking=False):
+                since = [each for each in (path, failure) if each.is_file() and each.stat().st_mtime >= started]
+                if since or (path.is_file() and not again):
+                    say(f"{what}: done ({since[0] if since else path})")
+                    continue
+                key = (name.tier, name.experiment)
+                if key not in stages:
+                    stages = {key: prepare(read_experiment(*key))}
+                outcome = _outcome(stages[key], name, progress)
+                write(outcome, out)
+        except Timeout:
+            say(f"{what}: another process is at it")
+            continue
+        say(f"{what}: {_line(outcome)}")
+        failed += [name] if isinstance(outcome, Failure) else []
     return failed
+
+
+def _outcome(stage: Stage, name: Name, progress: bool) -> Result | Failure:
+    told = circumstances(stage, name)
+    try:
+        return run_one(stage, name, method_of(name.method), told, progress)
+    except Msa2ConvError as error:
+        return Failure(name=name, error=f"{type(error).__name__}: {error}", circumstances=told)
 
 
 def circumstances(stage: Stage, name: Name) -> Circumstances:
@@ -196,7 +233,7 @@ def circumstances(stage: Stage, name: Name) -> Circumstances:
         command=f"python -m benchmarks run {name.tier}/{name.experiment} --methods {name.method} "
         f"--budgets {name.budget:g} --seeds {name.seed} --data FOLDER",
         versions=versions(),
-        device=device_name(str(stage.example.device)),
+        device=stage.device,
         git=git_sha(),
     )
 
