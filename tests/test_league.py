@@ -317,6 +317,19 @@ def league(stage: runner.Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     return run
 
 
+def test_training_the_parent_in_place_of_a_copy_is_noticed(stage: runner.Stage) -> None:
+    class Sharing(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model(x)  # type: ignore[no-any-return]
+
+    with pytest.raises(rules.RuleBroken, match="parent: found other weights than before; expected the parent untouched"):
+        runner.run_one(stage, name_of("dense", 1.0), Broken(Sharing), told(stage))
+
+
 def test_an_interrupted_sweep_goes_on(league: Callable[..., list[Name]], tmp_path: Path) -> None:
     names, out = [name_of("dense", 1.0), name_of("vbp")], tmp_path / "results"
     method = Interrupts(KeyboardInterrupt())

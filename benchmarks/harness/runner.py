@@ -140,6 +140,7 @@ def run_one(stage: Stage, name: Name, method: Method, told: Circumstances, progr
         finished = weights_sha256(model)
         if experiment.epochs:
             after = quality(answers(model, stage.data.test)[0], reference, labels)
+    rules.check_parent(parent, digest)  # again: a network that shares its weights is trained in their place
     rules.check_budget(count_flops(model, example), budget)
     invariance = rules.check_batch_invariance(model, *stage.data.test.sample(rules.SAMPLE))
     with clock("time"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -31,7 +33,7 @@ class TokenMerging:
             if flops(schedule) > budget and flops(more) >= 0.99 * budget:
                 schedule = more
         context.note(schedule=list(schedule))
-        return token_merging(parent, schedule)
+        return token_merging(copy.deepcopy(parent), schedule)
 
 
 METHODS = [TokenMerging()]
