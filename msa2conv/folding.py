@@ -16,7 +16,7 @@ from .errors import InvalidArgument, LawViolation
 from .laws import surest
 from .plan import Edit, Plan, Preprocessing, Replace, parameter_count
 from .search.measure import tensors_of
-from .transforms import fold_norm, merge_linear, tokenwise, unwindow
+from .transforms import fold_norm, fuse_qkv, merge_linear, tokenwise, unwindow
 from .workbench import own_randomness, unwrap
 
 Pass = Callable[[Plan, nn.Module], tuple[tuple[Edit, ...], nn.Module]]
@@ -25,6 +25,7 @@ PASSES: dict[str, Pass] = {
     "merge_linear": lambda plan, model: merge_linear.merge_linear(plan.edits, model),
     "unwindow": lambda plan, model: unwindow.unwindow(plan.edits, model, plan.base.input_size),
     "tokenwise": lambda plan, model: tokenwise.tokenwise(plan.edits, model),
+    "fuse_qkv": lambda plan, model: fuse_qkv.fuse_qkv(plan.edits, model),
 }
 LAW = "law 9, optional passes do not change the output"
 _TOLERANCE = 1e-4  # of the largest output, in float32
@@ -40,8 +41,9 @@ def streamline(
     "fold_norms": BatchNorms that a gate search has put in go into the convolutions beside them. "merge_linear": two
     convolutions with nothing in between become one where that takes fewer multiply-adds. "unwindow": a block whose
     windowed attention was replaced no longer cuts its map into windows. "tokenwise": 1x1 convolutions become linear
-    layers where tokens lie in memory as those read them. For a network that is to run: `fold_norms` and `merge_linear`
-    leave fewer parameters to train, and `finetune` wants its BatchNorms.
+    layers where tokens lie in memory as those read them. "fuse_qkv": one layer makes q, k and v of a thin attention.
+    For a network that is to run: `fold_norms` and `merge_linear` leave fewer parameters to train, and `finetune` wants
+    its BatchNorms.
 
     Args:
         conversion: not touched; returned as it is where there is nothing to do.

@@ -326,7 +326,9 @@ def test_training_the_parent_in_place_of_a_copy_is_noticed(stage: runner.Stage) 
         def forward(self, x: Tensor) -> Tensor:
             return self.model(x)  # type: ignore[no-any-return]
 
-    with pytest.raises(rules.RuleBroken, match="parent: found other weights than before; expected the parent untouched"):
+    with pytest.raises(
+        rules.RuleBroken, match="parent: found other weights than before; expected the parent untouched"
+    ):
         runner.run_one(stage, name_of("dense", 1.0), Broken(Sharing), told(stage))
 
 

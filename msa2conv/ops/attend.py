@@ -25,6 +25,7 @@ class Attend(Spec):
         scale: of the scores.
         bias: whether q and v have one (the bias of a key adds the same to every score, and cancels).
         sizes: under which name it takes a mask.
+        fused: let one linear layer make q, k and v.
     """
 
     kind: Literal["attend"] = "attend"
@@ -36,26 +37,37 @@ class Attend(Spec):
     scale: float = Field(gt=0, allow_inf_nan=False)
     bias: bool = True
     sizes: Sizes | None = None
+    fused: bool = False
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Channels of q, k and v."""
+        return self.heads * self.qk_dim, self.heads * self.qk_dim, self.heads * self.v_dim
 
     def flops(self, tokens: int) -> int:
         """Multiply-adds on one sequence of so many tokens."""
-        widths = self.heads * (self.qk_dim + self.v_dim)
-        return 2 * tokens * self.dim * widths + tokens**2 * widths
+        _, of_k, of_v = self.widths
+        return (2 * tokens * self.dim + tokens**2) * (of_k + of_v)
 
     def build(self, io: IO) -> TokenMixer:
         return AttendMixer(self, io)
 
 
 class AttendMixer(TokenMixer):
-    """Parameters: q, k [K E, C], v [K V, C], proj [C, K V]."""
+    """Parameters: q, k [K E, C], v [K V, C], all in qkv if fused; proj [C, K V]."""
 
     def __init__(self, spec: Attend, io: IO) -> None:
         super().__init__(spec, io)
         self.arrangement, self.heads, self.scale, self.sizes = spec.arrangement, spec.heads, spec.scale, spec.sizes
-        self.q = nn.Linear(spec.dim, spec.heads * spec.qk_dim, bias=spec.bias)
-        self.k = nn.Linear(spec.dim, spec.heads * spec.qk_dim, bias=False)
-        self.v = nn.Linear(spec.dim, spec.heads * spec.v_dim, bias=spec.bias)
-        self.proj = nn.Linear(spec.heads * spec.v_dim, spec.dim)
+        self.widths = of_q, of_k, of_v = spec.widths
+        if spec.fused:
+            self.qkv = nn.Linear(spec.dim, sum(spec.widths), bias=spec.bias)
+        else:
+            self.q = nn.Linear(spec.dim, of_q, bias=spec.bias)
+            self.k = nn.Linear(spec.dim, of_k, bias=False)
+            self.v = nn.Linear(spec.dim, of_v, bias=spec.bias)
+        self.fused = spec.fused
+        self.proj = nn.Linear(of_v, spec.dim)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.sizes is None:
@@ -74,9 +86,11 @@ class AttendMixer(TokenMixer):
 
     def attended(self, tokens_BNC: Tensor, mask: Tensor | None = None) -> Tensor:
         """What the output projection reads: the averaged values of all heads, [B, N, K V]."""
-        q, k, v = (
-            layer(tokens_BNC).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v)
-        )
+        if self.fused:
+            made = self.qkv(tokens_BNC).split(self.widths, -1)
+        else:
+            made = tuple(layer(tokens_BNC) for layer in (self.q, self.k, self.v))
+        q, k, v = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in made)
         return _attention(q, k, v, mask, self.scale).transpose(1, 2).flatten(2)
 
 

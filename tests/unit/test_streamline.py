@@ -16,10 +16,12 @@ import msa2conv
 from msa2conv import folding
 from msa2conv.errors import InvalidArgument, LawViolation
 from msa2conv.layouts import Layout
-from msa2conv.ops import IO, Constant, Conv, Depthwise, Global, Identity, PassPrefix, Skip, Spec
-from msa2conv.plan import Edit, Plan, Replace, SetAttr
+from msa2conv.merging import Merge
+from msa2conv.ops import IO, Attend, Constant, Conv, Depthwise, Global, Identity, PassPrefix, Skip, Spec
+from msa2conv.plan import Edit, Plan, Replace, SetAttr, Wrap
 from msa2conv.transforms.apply import apply_edits
 from msa2conv.transforms.fold_norm import fold_norms
+from msa2conv.transforms.fuse_qkv import fuse_qkv
 from msa2conv.transforms.merge_linear import merge_linear
 from msa2conv.transforms.tokenwise import tokenwise
 from msa2conv.transforms.unwindow import unwindow
@@ -135,6 +137,32 @@ def test_passes_in_any_order(spec: Spec) -> None:
     for one in (fold_norms, merge_linear):
         edits, found = one(edits, found)
         torch.testing.assert_close(found(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+# fuse_qkv
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("widths", [(2, 3), (3, 3)])
+def test_queries_keys_and_values_from_one_layer(bias: bool, widths: tuple[int, int]) -> None:
+    spec = Attend(dim=6, heads=2, qk_dim=widths[0], v_dim=widths[1], scale=0.5, bias=bias)
+    merge = Wrap(path="0", spec=Merge(count=16, keep=7, prefix=1), io=IO())
+    x = torch.randn(2, 17, 6)
+    for others in ((), (merge,)):
+        edits = (Replace(path="0", spec=spec, io=IO()), *others)
+        model = nn.Sequential(nn.Identity())
+        apply_edits(model, edits)
+        randomised(model)
+        after, fused = fuse_qkv(edits, model)
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-6, atol=1e-6)
+        linears = [name for name, module in fused.named_modules() if isinstance(module, nn.Linear)]
+        assert [name.rpartition(".")[2] for name in linears] == ["qkv", "proj"]
+        assert msa2conv.count_flops(fused, x[:1]) == msa2conv.count_flops(model, x[:1])
+        again = nn.Sequential(nn.Identity())
+        apply_edits(again, after)
+        again.eval().load_state_dict(fused.state_dict())
+        assert torch.equal(again(x), fused(x)) and fuse_qkv(after, fused)[0] == after
 
 
 # unwindow: blocks 0 and 1 of a Swin on a 14 x 14 map (7 x 7 windows, the second rolled), 16 x 20 when padded
@@ -272,7 +300,7 @@ def test_half_precision_stays_what_it_is(hybrid: msa2conv.Conversion, dtype: tor
 def test_a_pass_that_is_not_known() -> None:
     result = msa2conv.convert(vit(), 0.7, data=images(16), progress=False)
     with pytest.raises(
-        InvalidArgument, match="found 'fold'; expected some of fold_norms, merge_linear, unwindow, tokenwise"
+        InvalidArgument, match="found 'fold'; expected some of fold_norms, merge_linear, unwindow, tokenwise, fuse_qkv"
     ):
         msa2conv.streamline(result, passes=["fold"])
     assert msa2conv.streamline(result, passes=()) is result
