@@ -133,13 +133,18 @@ class IdentityMixer(TokenMixer):
         return x
 
 
+def _grid(spec: Constant | Global) -> nn.Parameter:
+    """[C, H, W], its channels last in memory: as tokens have them, so that nothing is transposed on the way there."""
+    return nn.Parameter(torch.zeros(*spec.layout.grid, spec.dim).permute(2, 0, 1))
+
+
 class ConstantMixer(TokenMixer):
     """Parameters: grid_CHW [C, H, W]; prefix_PC [P, C] where there are prefix tokens."""
 
     def __init__(self, spec: Constant, io: IO) -> None:
         super().__init__(spec, io)
         self.layout = spec.layout
-        self.grid_CHW = nn.Parameter(torch.zeros(spec.dim, *spec.layout.grid))
+        self.grid_CHW = _grid(spec)
         self.prefix_PC = nn.Parameter(torch.zeros(spec.layout.prefix, spec.dim)) if spec.layout.prefix else None
 
     def mix(self, x: Tensor) -> Tensor:
@@ -180,7 +185,7 @@ class _MapMixer(TokenMixer):
 class GlobalMixer(_MapMixer):
     def __init__(self, spec: Global, io: IO) -> None:
         super().__init__(spec, io)
-        self.grid_CHW = nn.Parameter(torch.zeros(spec.dim, *spec.layout.grid))
+        self.grid_CHW = _grid(spec)
 
     def local(self, map_BCHW: Tensor) -> Tensor:
         return self.grid_CHW.to(map_BCHW.dtype).expand_as(map_BCHW)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -266,6 +267,16 @@ def test_a_new_window_size_is_refused() -> None:
     mixer.set_window_size(3)
     with pytest.raises(LayoutMismatch, match="4, 4"):
         mixer.set_window_size((4, 4))
+
+
+@pytest.mark.parametrize("spec", [Constant, Global])
+def test_what_a_grid_holds_lies_in_memory_as_tokens_do(spec: type[Constant] | type[Global]) -> None:
+    layout = Layout(grid=(4, 5), prefix=1)
+    mixer = spec(layout=layout, dim=DIM, **({"prefix": PassPrefix()} if spec is Global else {})).build(IO())
+    again = copy.deepcopy(mixer).to(torch.float64)
+    again.load_state_dict({name: value.contiguous() for name, value in mixer.state_dict().items()})
+    for grid_CHW in (mixer.grid_CHW, again.grid_CHW):
+        assert grid_CHW.shape == (DIM, 4, 5) and grid_CHW.permute(1, 2, 0).is_contiguous()
 
 
 @torch.no_grad()
