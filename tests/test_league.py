@@ -11,12 +11,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from matplotlib.figure import Figure
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -415,6 +417,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         point_to(folder, patch)
         documents.update(results=folder / "results", plots=True)
     return folder
+
+
+def test_a_row_far_below_the_others_does_not_press_them_together() -> None:
+    for last, below in ((84.0, ""), (40.0, "some below: bad")):
+        heights = {"one": 86.0, "two": 85.5, "three": 85.0, "four": 84.5, "bad": last}
+        rows: Any = [SimpleNamespace(method=m, final=SimpleNamespace(mean=top1)) for m, top1 in heights.items()]
+        axis = Figure().subplots()
+        axis.plot(list(heights.values()))
+        plots._leave_out_what_is_far_below(axis, rows)
+        assert [text.get_text() for text in axis.texts] == ([below] if below else [])
+        assert axis.get_ylim()[0] > 80 and axis.get_ylim()[0] < 84.5
 
 
 def point_to(folder: Path, patch: pytest.MonkeyPatch) -> None:

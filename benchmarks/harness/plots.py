@@ -96,8 +96,19 @@ def _accuracy(plt: Any, rows: Sequence[Row]) -> Any:
         for row in dense:
             axis.axhline(row.final.mean, color="black", lw=0.8, ls=":")
     axes[0].set_ylabel("top-1, %")
+    _leave_out_what_is_far_below(axes[0], rows)
     axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
+
+
+def _leave_out_what_is_far_below(axis: Any, rows: Sequence[Row]) -> None:
+    """A row far below the others would press them into one line: it is named instead."""
+    heights = sorted((row.final.mean for row in rows), reverse=True)
+    floor = heights[0] - 2.5 * max(heights[0] - heights[3 * len(heights) // 4], 1.0)
+    below = sorted({row.method for row in rows if row.final.mean < floor})
+    if below:
+        axis.set_ylim(bottom=floor)
+        axis.text(0.02, 0.02, f"some below: {', '.join(below)}", transform=axis.transAxes, fontsize=7)
 
 
 def _blocks(plt: Any, rows: Sequence[Row]) -> Any:
