@@ -38,6 +38,7 @@ from benchmarks.harness.result import Failure, Name, Result, read_tier
 from benchmarks.harness.training import Schedule, train
 from benchmarks.methods import Context, Method, method_of, methods
 from benchmarks.methods.torch_pruning import TorchPruning, _gradients
+from msa2conv.plan import weights_sha256
 
 ROOT = Path(__file__).parents[1]
 SMALL = Experiment(
@@ -317,6 +318,19 @@ def league(stage: runner.Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         return runner.run_all(names, lambda experiment: stage, **options)
 
     return run
+
+
+def test_one_calibration_serves_every_budget_and_its_time_counts_each_time(stage: runner.Stage) -> None:
+    method, seconds = methods()["ours-mixers"], list[float]()
+    contexts = [stage.context(seed) for seed in (0, 0, 1)]
+    for context, budget in zip(contexts, (0.8, 0.7, 0.7), strict=True):
+        model = method.shrink(stage.parent, round(budget * stage.flops), context)
+        rules.check_budget(msa2conv.count_flops(model, stage.example), round(budget * stage.flops))
+        seconds.append(context.spared)
+    assert len(stage.kept) == 2 and seconds[0] == seconds[2] == 0 < seconds[1]
+    alone = method.shrink(stage.parent, round(0.7 * stage.flops), replace(stage, kept={}).context(0))
+    second = method.shrink(stage.parent, round(0.7 * stage.flops), stage.context(0))
+    assert weights_sha256(alone) == weights_sha256(second)
 
 
 def test_training_the_parent_in_place_of_a_copy_is_noticed(stage: runner.Stage) -> None:

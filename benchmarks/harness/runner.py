@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -41,6 +42,7 @@ class Stage:
         data: images.
         example: one made-up image on the device.
         time_on: another device to time on; a GPU that several runs share, say, is no place for that.
+        kept: what methods made once for all budgets.
     """
 
     experiment: Experiment
@@ -48,6 +50,7 @@ class Stage:
     data: Data
     example: Tensor
     time_on: str | None = None
+    kept: dict[Hashable, tuple[Any, float]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def prepare(
@@ -91,10 +94,8 @@ class Stage:
         return speed(model, parent, self.example.to(where), self.experiment.latency_rounds)
 
     def context(self, seed: int, progress: bool = False) -> Context:
-        experiment = self.experiment
-        return Context(
-            self.data.train, self.example, experiment.calibration_images, experiment.schedule, seed, progress
-        )
+        experiment, images = self.experiment, self.experiment.calibration_images
+        return Context(self.data.train, self.example, images, experiment.schedule, seed, progress, self.kept)
 
 
 @dataclass
@@ -125,6 +126,7 @@ def run_one(stage: Stage, name: Name, method: Method, told: Circumstances, progr
     with peak_memory(example.device) as peak:
         with clock("convert"):
             model = method.shrink(parent, budget, context).eval()
+        clock.seconds["convert"] = round(clock.seconds["convert"] + context.spared, 2)
         rules.check_parent(parent, digest)
         flops, torchs = count_flops(model, example), torch_flops(model, example)
         rules.check_budget(flops, budget)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..harness.data import Split
 from ..harness.training import Schedule
+
+T = TypeVar("T")
 
 
 class Method(Protocol):
@@ -51,6 +55,12 @@ class Context:
         schedule: the fine-tuning that follows.
         seed: of everything random.
         progress: show bars.
+        kept: what methods made once and use at every budget, {key: (value, the seconds that it took)}.
+
+    Attributes:
+        searched: epochs that the method spent by itself.
+        spared: seconds that went into what it took from `kept`; they count as its own.
+        notes: for the result file.
     """
 
     train: Split
@@ -59,7 +69,9 @@ class Context:
     schedule: Schedule = field(default_factory=lambda: Schedule(epochs=0, lr=1e-3))
     seed: int = 0
     progress: bool = False
+    kept: dict[Hashable, tuple[Any, float]] = field(default_factory=dict)
     searched: int = field(default=0, init=False)
+    spared: float = field(default=0.0, init=False)
     notes: dict[str, Any] = field(default_factory=dict, init=False)
 
     @property
@@ -69,6 +81,18 @@ class Context:
     def calibration(self) -> tuple[Tensor, Tensor]:
         """(images [n, C, H, W], labels [n]): the same ones for every method and budget of a seed."""
         return self.train.sample(self.images, self.seed)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What does not depend on the budget, made the first time that a seed asks for it."""
+        key = (self.seed, key)
+        if key in self.kept:
+            value, seconds = self.kept[key]
+            self.spared += seconds
+            return cast("T", value)
+        started = time.perf_counter()
+        value = make()
+        self.kept[key] = value, time.perf_counter() - started
+        return value
 
     def search_for(self, epochs: int) -> int:
         """Say that the method itself trains for so many epochs: the fine-tuning gets as many less."""

@@ -31,12 +31,24 @@ class Calibrated:
 
 
 def converted(parent: nn.Module, budget: int, context: Context, levers: Levers | None = None) -> msa2conv.Conversion:
-    """`msa2conv.convert` on the calibration images."""
-    images, _ = context.calibration()
+    """`msa2conv.convert` on the calibration images; one calibration serves all budgets of a seed."""
     return msa2conv.convert(
-        parent, context.target(budget), data=images, images=len(images), levers=levers, example_inputs=context.example,
-        seed=context.seed, progress=context.progress,
+        parent, context.target(budget), levers=levers, calibration=calibrated(parent, context, levers),
+        example_inputs=context.example, seed=context.seed, progress=context.progress,
     )  # fmt: skip
+
+
+def calibrated(parent: nn.Module, context: Context, levers: Levers | None) -> msa2conv.Calibration:
+    """`msa2conv.calibrate` on the calibration images."""
+
+    def make() -> msa2conv.Calibration:
+        images, _ = context.calibration()
+        return msa2conv.calibrate(
+            parent, images, images=len(images), levers=levers, example_inputs=context.example, seed=context.seed,
+            progress=context.progress,
+        )  # fmt: skip
+
+    return context.once(("calibration", levers), make)
 
 
 METHODS = [

@@ -13,6 +13,7 @@ from msa2conv.search.calibration import Calibration
 from msa2conv.sites import AttentionSite
 
 from .base import Context
+from .ours import calibrated
 
 _FFN = FFN(round_to=2)  # what a control saves at attentions has to be spent to 1 %, however small the network
 Options = Mapping[str, Sequence[Option]]
@@ -36,12 +37,7 @@ class Searched:
 
     @classmethod
     def of(cls, parent: nn.Module, budget: int, context: Context, mixer: Mixer | None = None) -> Searched:
-        images, _ = context.calibration()
-        calibration = msa2conv.calibrate(
-            parent, images, images=len(images), levers=(mixer or Mixer(), _FFN), example_inputs=context.example,
-            seed=context.seed, progress=context.progress,
-        )  # fmt: skip
-        return cls(parent, context, calibration, budget)
+        return cls(parent, context, calibrated(parent, context, (mixer or Mixer(), _FFN)), budget)
 
     @property
     def attentions(self) -> dict[str, AttentionSite]:
