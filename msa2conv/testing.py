@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,14 +104,16 @@ def _demand(holds: bool, law: str, found: str, expected: str = "none") -> None:
 
 @torch.no_grad()
 def _options(work: nn.Module, seen: Inspection, options: dict[str, list[Option]], inputs: Tensor) -> float:
-    """Laws 2 and 3 for every option of one site of every shape."""
+    """Laws 2 and 3 for every option of one site of every shape; of those that merge, for everything that runs on fewer
+    tokens once, and for every number of tokens once.
+    """
     net, tried, worst = lift(work, seen.claims.sites), set[Any](), 0.0
     for site in seen.claims.sites:
         shape = (type(site), seen.costs.shapes[site.path], seen.costs.hosts[site.path])
         if shape in tried or site.path not in options:
             continue
         tried.add(shape)
-        for option in options[site.path]:
+        for option in _each_way(options[site.path]):
             plan, tensors = make_plan(work, seen, {site.path: option})
             hybrid = apply(plan, work, tensors)
             with net.pinned(net.branches({site.path: option})) as pinned:
@@ -120,6 +122,18 @@ def _options(work: nn.Module, seen: Inspection, options: dict[str, list[Option]]
             law = f"law 3, a plan costs what it says, at {site.path}: {option.name}"
             _demand(counted == plan.flops, law, f"{counted:,}", f"{plan.flops:,}")
     return worst
+
+
+def _each_way(options: Iterable[Option]) -> Iterator[Option]:
+    """Without those that merge as one option does what another one runs on fewer tokens, too."""
+    seen = set[tuple[str, Any]]()
+    for option in options:
+        ways = {("itself", option.name)}
+        if option.inner is not None:
+            ways = {("inside", option.inner.name), ("tokens", option.name.removeprefix(option.inner.name))}
+        if not ways <= seen:
+            yield option
+        seen |= ways
 
 
 @torch.no_grad()

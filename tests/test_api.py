@@ -140,7 +140,13 @@ FORMS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form",
+    [
+        name if name in ("tensor", "pairs", "generator", "loader") else pytest.param(name, marks=pytest.mark.slow)
+        for name in FORMS
+    ],
+)
 def test_every_form_of_data_gives_the_same_hybrid(form: str) -> None:
     result = convert(vit(), 0.5, data=FORMS[form]())
     assert equal(result, converted())
@@ -417,6 +423,7 @@ def test_exported_program(hybrid: Hybrid) -> None:
     assert torch.allclose(torch.export.export(model, (x,)).module()(x), model(x), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_onnx(tmp_path: Path) -> None:
     import onnxruntime
 

@@ -33,11 +33,6 @@ from msa2conv.workbench import working_copy
 TYPICAL = ("beit", "maxvit", "pvt_v2", "swin_v2", "hf_dinov2", "tv_vit", "torch_encoder")
 
 
-# What cannot be made small takes ten seconds and more to convert.
-LARGE = ("tnt", "mobilevit", "shvit", "efficientvit_msra", "efficientformer_v2", "hf_mobilevit", "twins")
-CONVERTED = tuple(name for name in backbones.TINY if name not in LARGE)
-
-
 def families(typical: Collection[str] = backbones.TINY) -> pytest.MarkDecorator:
     """One worker for a family, which is then converted once; others than the typical ones are slow."""
     params = []
@@ -90,7 +85,7 @@ def converted(family: str) -> msa2conv.Conversion:
     return result
 
 
-@families(CONVERTED)
+@families(TYPICAL)
 def test_it_converts(family: str, tmp_path: Path) -> None:
     """`convert` checks lifting, lowering, costs and budget; here that every kind of option is right, and the file."""
     model, seen = inspected(family)

@@ -70,6 +70,7 @@ def test_a_file_answers_like_the_hybrid_where_there_is_no_msa2conv(how: str, dyn
     assert (elsewhere(code, exported.path, inputs) - expected).abs().max() <= 1e-4 * expected.abs().max().clamp_min(1)
 
 
+@pytest.mark.slow
 def test_half_precision_is_half_the_size_and_its_difference_is_told(tmp_path: Path) -> None:
     model = replaced().model
     whole, half = (msa2conv.export_onnx(model, tmp_path / f"{half}.onnx", half=half) for half in (False, True))

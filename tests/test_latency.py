@@ -34,8 +34,10 @@ def ratio(result: Conversion, batch: int = 1) -> float:
     return seconds(lambda: result.model(inputs)) / seconds(lambda: model(inputs))
 
 
-@pytest.mark.parametrize("target", [0.8, "60%"])
-@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize(
+    ("target", "batch"),
+    [(0.8, 1), ("60%", 4), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in (("60%", 1), (0.8, 4)))],
+)
 def test_the_target_is_met_and_little_of_it_is_left(
     target: Any, batch: int, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,7 +85,12 @@ def name_of(method: str, budget: float = 0.7, seed: int = 0) -> Name:
 # --- Methods -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", sorted(methods()))
+FIRST = {type(method): name for name, method in sorted(methods().items(), reverse=True)}.values()
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in sorted(methods())]
+)
 def test_every_method_keeps_the_rules(method: str, stage: runner.Stage) -> None:
     budget = stage.flops if method == DENSE else round(0.7 * stage.flops)
     digest = stage.digest

@@ -254,7 +254,7 @@ print(*sorted({{name.partition(".")[0] for name in sys.modules}}))
 """
 
 
-@pytest.mark.parametrize("name", ["swin_padded", "foreign"])
+@pytest.mark.parametrize("name", [pytest.param("swin_padded", marks=pytest.mark.slow), "foreign"])
 def test_a_fresh_process_needs_no_search_and_gives_the_same_bits(name: str, tmp_path: Path) -> None:
     case, output = case_of(name), tmp_path / "output.pt"
     file = case.result.save(tmp_path / "hybrid.safetensors")
@@ -326,7 +326,7 @@ def test_the_users_model_is_not_touched_when_something_fails(
     assert tiny.snapshot(case.model) == case.before
 
 
-@pytest.mark.parametrize("name", ["vit", "swin", "foreign"])
+@pytest.mark.parametrize("name", ["vit", pytest.param("swin", marks=pytest.mark.slow), "foreign"])
 def test_the_users_model_is_not_touched_when_the_data_turn_to_nan_inside(name: str) -> None:
     """Images so large that activations overflow in the middle of the calibration."""
     case = case_of(name)

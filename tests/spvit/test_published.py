@@ -33,7 +33,7 @@ THEIRS = {
 NAMES = ", ".join(THEIRS)
 
 
-@pytest.fixture(scope="module", params=["deit_tiny", "swin_tiny"])
+@pytest.fixture(scope="module", params=["deit_tiny", pytest.param("swin_tiny", marks=pytest.mark.slow)])
 def named(request: pytest.FixtureRequest) -> tuple[str, nn.Module, Plan]:
     model = timm.create_model(spvit.published()[request.param].base).eval()
     return request.param, model, spvit.plan(request.param, model)
@@ -232,6 +232,7 @@ def test_hard_distillation() -> None:
 # ---------------------------------------------------------------------------------------------------------- the table
 
 
+@pytest.mark.slow
 def test_the_table_is_what_is_counted_now() -> None:
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.published", "--check", "deit_tiny"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

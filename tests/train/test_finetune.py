@@ -548,6 +548,7 @@ def on_any_number_of_processes(folder: str) -> None:
         Path(folder, "processes").write_text(str(result.report.training.processes))
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
     """The same weights to 1e-5 as one process with the joined batch, and the same plan."""
     (tmp_path / "one").mkdir(), (tmp_path / "two").mkdir()

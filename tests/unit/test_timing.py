@@ -40,7 +40,7 @@ def network(model: nn.Module, choices: dict[str, Option]) -> nn.Module:
     return msa2conv.apply(plan, model, tensors)
 
 
-@pytest.mark.parametrize("name", ["vit", "swin"])
+@pytest.mark.parametrize("name", ["vit", pytest.param("swin", marks=pytest.mark.slow)])
 def test_a_network_takes_what_its_modules_take(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, Clock())
     model = vit(**WIDE) if name == "vit" else swin()
