@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import InvalidCheckpoint, UnsupportedSchema
 from ..plan import Plan
-from .figures import Locality, Promise, SiteCost
+from .figures import HEAD, Locality, Promise, Row, SiteCost, unit_of
 from .latency import Latency
 from .training import Training
 
@@ -100,34 +100,28 @@ class Report(BaseModel):
                 "Delete it: the hybrid itself does not need it.",
             ) from error  # fmt: skip
 
-    def __str__(self) -> str:
-        unit = "KL to the original (nats)" if self.measure == "kl" else "relative feature error"
-        before, after = self.flops_before, self.flops_after
+    def rows(self) -> list[Row]:
+        """What changed, in words and figures."""
         rows = [
-            ("GFLOPs (multiply-adds, batch 1)", f"{before / 1e9:.3f}", f"{after / 1e9:.3f}", f"{after / before:.1%}"),
-            (
-                "M params",
-                f"{self.parameters_before / 1e6:.2f}",
-                f"{self.parameters_after / 1e6:.2f}",
-                f"{self.parameters_after / self.parameters_before:.1%}",
-            ),
+            Row.of("GFLOPs (multiply-adds, batch 1)", self.flops_before / 1e9, self.flops_after / 1e9, ".3f"),
+            Row.of("M params", self.parameters_before / 1e6, self.parameters_after / 1e6, ".2f"),
         ]
         if self.distance is not None:
-            rows.append((f"{unit}, held out", "0", f"{self.distance:.4f}", ""))
+            rows.append(Row(f"{unit_of(self.measure)}, held out", "0", f"{self.distance:.4f}"))
         if self.distance_polished is not None:
-            rows.append(
-                (f"... after {self.distill_steps} distillation steps", "0", f"{self.distance_polished:.4f}", "")
-            )
+            rows.append(Row(f"... after {self.distill_steps} distillation steps", "0", f"{self.distance_polished:.4f}"))
         if self.agreement is not None:
-            rows.append(("same prediction, held out", "100%", f"{self.agreement:.1%}", ""))
+            rows.append(Row("same prediction, held out", "100%", f"{self.agreement:.1%}"))
         if self.latency is not None:
-            old, new = (1e3 * timing.seconds for timing in (self.latency.before, self.latency.after))
-            what = f"ms, batch {self.latency.batch_size}, {self.latency.dtype}"
-            rows.append((what, f"{old:.4g}", f"{new:.4g}", f"{self.latency.ratio:.1%}"))
-        lines = [f"{'':<44}{'before':>10}{'after':>10}{'ratio':>9}"]
-        lines += [f"{name:<44}{old:>10}{new:>10}{ratio:>9}" for name, old, new, ratio in rows]
+            before, after = 1e3 * self.latency.before.seconds, 1e3 * self.latency.after.seconds
+            row = Row.of(f"ms, batch {self.latency.batch_size}, {self.latency.dtype}", before, after, ".4g")
+            rows.append(row._replace(ratio=f"{self.latency.ratio:.1%}"))  # the median of ratios
+        return rows
+
+    def __str__(self) -> str:
+        lines = [f"{row.name:<44}{row.before:>10}{row.after:>10}{row.ratio:>9}" for row in (HEAD, *self.rows())]
         if self.target is not None:
-            lines.append(f"budget {self.target / 1e9:.3f} GFLOPs, {after / self.target:.2%} used")
+            lines.append(f"budget {self.target / 1e9:.3f} GFLOPs, {self.flops_after / self.target:.2%} used")
         if self.latency is not None:
             lines.append(str(self.latency))
         if self.images:

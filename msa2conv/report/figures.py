@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -13,7 +13,24 @@ class _Data(BaseModel):
 
 def unit_of(measure: str) -> str:
     """What a distance to the original is measured in."""
-    return "KL to the original (nats)" if measure == "kl" else "relative error of the features"
+    return "KL to the original (nats)" if measure == "kl" else "relative feature error"
+
+
+class Row(NamedTuple):
+    """A figure of the original and of the hybrid, as text."""
+
+    name: str
+    before: str
+    after: str
+    ratio: str = ""
+
+    @classmethod
+    def of(cls, name: str, before: float, after: float, form: str) -> Row:
+        """Numbers, and their ratio."""
+        return cls(name, f"{before:{form}}", f"{after:{form}}", f"{after / before:.1%}")
+
+
+HEAD = Row("", "before", "after", "ratio")
 
 
 class SiteCost(_Data):
@@ -61,4 +78,4 @@ class Locality(_Data):
     chance: float
 
 
-__all__ = ["Locality", "Promise", "SiteCost", "unit_of"]
+__all__ = ["HEAD", "Locality", "Promise", "Row", "SiteCost", "unit_of"]

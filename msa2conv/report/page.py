@@ -11,7 +11,7 @@ from ..files import atomic_write, write_text
 from ..plan import Plan
 from .conversion import Report
 from .evaluation import Evaluation
-from .figures import unit_of
+from .figures import Row
 
 PAGE_FILE, FIGURES = "report.html", "figures"
 _NEEDED = ("matplotlib", "jinja2")
@@ -66,7 +66,7 @@ def write_page(folder: Path, plan: Plan, report: Report, evaluation: Evaluation 
         report=report,
         ratio=f"{plan.flops / plan.base.flops:.1%}",
         tiles=_tiles(plan, report, evaluation),
-        rows=_rows(plan, report, evaluation),
+        rows=_rows(report, evaluation),
         notes=_notes(report, evaluation),
         warnings=report.warnings,
         pictures=shown,
@@ -109,44 +109,18 @@ def _percent(measured: Any) -> str:
     return f"{100 * measured.correct / measured.images:.1f} %"
 
 
-def _rows(plan: Plan, report: Report, evaluation: Evaluation | None) -> list[dict[str, str]]:
-    base = plan.base
-    rows = [_row("multiply-adds, G", base.flops / 1e9, plan.flops / 1e9, ".3f")]
-    rows.append(_row("parameters, M", base.parameters / 1e6, plan.parameters / 1e6, ".2f"))
-    if report.latency is not None:
-        before, after = (1e3 * timing.seconds for timing in (report.latency.before, report.latency.after))
-        row = _row(f"time, ms (batch {report.latency.batch_size})", before, after, ".4g")
-        rows.append(row | {"ratio": f"{report.latency.ratio:.1%}"})
-    if report.distance is not None:
-        rows.append(
-            {
-                "name": f"{unit_of(report.measure)}, held out",
-                "before": "0",
-                "after": f"{report.distance:.4f}",
-                "ratio": "",
-            }
-        )
-    if report.distance_polished is not None:
-        name = f"... after {report.distill_steps} steps of polish"
-        rows.append({"name": name, "before": "0", "after": f"{report.distance_polished:.4f}", "ratio": ""})
-    if report.agreement is not None:
-        same = f"{report.agreement:.1%}"
-        rows.append({"name": "same prediction, held out", "before": "100%", "after": same, "ratio": ""})
+def _rows(report: Report, evaluation: Evaluation | None) -> list[Row]:
+    rows = report.rows()
     if evaluation is not None and "hybrid" in evaluation.models:
         hybrid, original = evaluation.models["hybrid"], evaluation.models.get("original")
-        known = _percent(original) if original else ""
-        rows.append({"name": "top-1, labelled images", "before": known, "after": _percent(hybrid), "ratio": ""})
+        rows.append(Row("top-1, labelled images", _percent(original) if original else "", _percent(hybrid)))
         for batch, seconds in hybrid.seconds.items():
-            name = f"time, ms (batch {batch}, with the evaluation)"
+            name = f"ms, batch {batch}, with the evaluation"
             if original is None:
-                rows.append({"name": name, "before": "", "after": f"{1e3 * seconds:.4g}", "ratio": ""})
+                rows.append(Row(name, "", f"{1e3 * seconds:.4g}"))
             else:
-                rows.append(_row(name, 1e3 * original.seconds[batch], 1e3 * seconds, ".4g"))
+                rows.append(Row.of(name, 1e3 * original.seconds[batch], 1e3 * seconds, ".4g"))
     return rows
-
-
-def _row(name: str, before: float, after: float, form: str) -> dict[str, str]:
-    return {"name": name, "before": f"{before:{form}}", "after": f"{after:{form}}", "ratio": f"{after / before:.1%}"}
 
 
 def _notes(report: Report, evaluation: Evaluation | None) -> list[str]:
