@@ -72,7 +72,7 @@ def streamline(
     for name in names:
         before = found
         found = _applied(found, PASSES[name])
-        sites = _changed(before.plan.edits, found.plan.edits)
+        sites = len(_changed(before.plan.edits, found.plan.edits))
         done |= {name: done.get(name, 0) + sites} if sites else {}
     if found is conversion:
         return conversion
@@ -105,7 +105,7 @@ def _applied(conversion: Conversion, one: Pass) -> Conversion:
     example = torch.zeros(1, *plan.base.input_size).to(next(hybrid.parameters()))
     counts = flops_by_module(hybrid, example)
     known = {"edits": edits, "flops": counts[""], "parameters": parameter_count(hybrid)}
-    other = {edit.path for edit in set(edits) - set(plan.edits) if isinstance(edit, Replace)}
+    other = {edit.path for edit in _changed(plan.edits, edits)}
     sites = [
         site.model_copy(update={"after": counts[site.path]}) if site.path in other else site
         for site in conversion.report.sites
@@ -115,10 +115,9 @@ def _applied(conversion: Conversion, one: Pass) -> Conversion:
     return replace(conversion, model=hybrid, plan=plan.model_copy(update=known), report=report)
 
 
-def _changed(before: tuple[Edit, ...], after: tuple[Edit, ...]) -> int:
-    """At how many sites."""
-    known = set(before)
-    return sum(isinstance(edit, Replace) and edit not in known for edit in after)
+def _changed(before: tuple[Edit, ...], after: tuple[Edit, ...]) -> list[Replace]:
+    """One for every site where something was done."""
+    return [edit for edit in after if isinstance(edit, Replace) and edit not in before]
 
 
 @torch.no_grad()

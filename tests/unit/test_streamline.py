@@ -285,6 +285,17 @@ def test_all_passes_of_a_conversion(hybrid: msa2conv.Conversion, tmp_path: Path)
 
 
 @torch.no_grad()
+def test_a_network_that_merges_all_the_way_is_streamlined_too() -> None:
+    """Its thin attentions stand in blocks that run on fewer and fewer tokens."""
+    levers = (msa2conv.ThinAttention(shares=((1, 0.5, 0.5),)), msa2conv.MergeTokens())
+    result = msa2conv.convert(vit(depth=4), 0.5, data=images(16), levers=levers, progress=False)
+    assert {edit.kind for edit in result.plan.edits} >= {"replace", "shorten"}
+    after, x = msa2conv.streamline(result, images=images(8, seed=3)), images(4, seed=1)
+    assert set(after.report.streamlined) == {"fuse_qkv"}
+    torch.testing.assert_close(after.model(x), result.model(x), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_what_it_is(hybrid: msa2conv.Conversion, dtype: torch.dtype) -> None:
     narrow = replace(hybrid, model=copy.deepcopy(hybrid.model).to(dtype))
