@@ -24,6 +24,7 @@ from .stopwatch import Samples, interleaved
 from .workbench import hookless_copy, usable_device
 
 CORRECTIONS = 3
+_ABOVE = 0.02  # of the target; it is a budget, so that less of what lies above it is let pass than of what lies below
 _ROUNDS, _GLANCE = 15, 7  # for a budget of time, and for a report
 _TEXT = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(%|s|ms|us|µs)\s*", re.IGNORECASE)
 _UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6}  # the sign micro, and the letter mu
@@ -202,15 +203,20 @@ def choose_in_time(
         latency = found.model_copy(update=known)
         tried.append((choice, latency))
         unlimited = latency.off < 0 and predicted < (1 - CLOSE) * allowed  # what is left would not be used
-        if abs(latency.off) <= CLOSE or unlimited or len(tried) > CORRECTIONS:
+        if _missed(latency) <= 1 or unlimited or len(tried) > CORRECTIONS:
             break
         measured.append((allowed / times.base, ratio))
         corrected = max(times.base * _corrected(measured, wanted), 1.001 * floor)
         if corrected == allowed:
             break
         allowed = corrected
-    choice, best = min(tried, key=lambda each: (each[1].off > CLOSE, abs(each[1].off)))  # rather too fast than too slow
+    choice, best = min(tried, key=lambda each: _missed(each[1]))
     return choice, best.model_copy(update={"attempts": tried[-1][1].attempts})
+
+
+def _missed(latency: Latency) -> float:
+    """How far a network is from what was asked for; up to 1 it is close."""
+    return max(latency.off / _ABOVE, -latency.off / CLOSE)
 
 
 def _corrected(measured: Sequence[tuple[float, float]], wanted: float) -> float:

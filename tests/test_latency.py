@@ -49,7 +49,8 @@ def test_the_target_is_met_and_little_of_it_is_left(
     latency = result.report.latency
     assert latency is not None and len(latency.attempts) <= 4 and latency.batch_size == batch
     assert latency.ratio == pytest.approx(ratio(result, batch))
-    assert latency.ratio == pytest.approx(0.8 if target == 0.8 else 0.6, rel=0.05)
+    assert -0.05 <= latency.off <= 0.02
+    assert latency.ratio == pytest.approx((0.8 if target == 0.8 else 0.6) * (1 + latency.off))
     assert result.report.target is None and "budget used" not in result.report.laws
 
 
@@ -80,7 +81,7 @@ def test_an_original_that_speeds_up_meanwhile_is_no_error(
     assert result.report.latency is not None and result.report.latency.off < 0
 
 
-@pytest.mark.parametrize("slower", [1.15, 0.9])
+@pytest.mark.parametrize("slower", [1.15, 1.04, 0.9])
 def test_a_network_that_is_slower_or_faster_than_its_modules_is_corrected(
     slower: float, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,7 +90,7 @@ def test_a_network_that_is_slower_or_faster_than_its_modules_is_corrected(
     latency = result.report.latency
     assert latency is not None and 2 <= len(latency.attempts) <= 4
     assert latency.ratio == pytest.approx(slower * ratio(result)) == pytest.approx(0.75, rel=0.05)
-    assert abs(latency.attempts[0] / 0.75 - 1) > 0.05
+    assert not -0.05 <= latency.attempts[0] / 0.75 - 1 <= 0.02 and -0.05 <= latency.off <= 0.02
 
 
 def test_what_no_correction_reaches_is_said(calibration: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
