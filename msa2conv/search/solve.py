@@ -13,7 +13,7 @@ from .relaxation import bounds, price_of, steps, worth_trying
 
 Choices = dict[str, Option]
 _FINE = 1e-3  # gap of the optimum under a limit: what is measured is not known better
-SLACK = 0.2  # how much worse, in its price, a plan may be that merges at fewer sites
+SLACK = 0.05  # how much worse, in its price, a plan may be that merges at fewer sites
 NEGLIGIBLE = 1e-3  # ... or by as much as an option of this score (nats, or relative error) costs
 
 
