@@ -77,7 +77,7 @@ class Conv(Spec):
         rank: bottleneck width; equal to dim and linear, it is one C -> C convolution.
         norm, act: between the two convolutions; without them they are linear.
         context: add a linear function of (prefix tokens, mean of the patches) to every position.
-        linear: hold 1x1 convolutions as linear layers, which read tokens as they lie in memory.
+        tokenwise: hold 1x1 convolutions as linear layers, which read tokens as they lie in memory.
         prefix: how prefix tokens are computed; None where there are none.
     """
 
@@ -89,7 +89,7 @@ class Conv(Spec):
     norm: Literal["batch"] | None = None
     act: Literal["relu"] | None = None
     context: bool = False
-    linear: bool = False
+    tokenwise: bool = False
     prefix: Prefix | None = None
 
     @property
@@ -106,7 +106,7 @@ class Depthwise(Spec):
     channel, out by a 1x1; plus (if `context`) the linear part of `Global`.
 
     Args:
-        layout, kernel, context, linear, prefix: as of `Conv`.
+        layout, kernel, context, tokenwise, prefix: as of `Conv`.
         width: channels of the values.
     """
 
@@ -116,7 +116,7 @@ class Depthwise(Spec):
     kernel: Kernel
     width: Width
     context: bool = False
-    linear: bool = False
+    tokenwise: bool = False
     prefix: Prefix | None = None
 
     def build(self, io: IO) -> TokenMixer:
@@ -198,8 +198,8 @@ class Pointwise(nn.Linear):
         return super().forward(map_BCHW.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def _conv(inputs: int, outputs: int, kernel: int, bias: bool, linear: bool) -> nn.Module:
-    if linear and kernel == 1:
+def _conv(inputs: int, outputs: int, kernel: int, bias: bool, tokenwise: bool) -> nn.Module:
+    if tokenwise and kernel == 1:
         return Pointwise(inputs, outputs, bias)
     return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=bias)
 
@@ -209,10 +209,10 @@ class ConvMixer(_MapMixer):
         super().__init__(spec, io)
         between = spec.norm is not None or spec.act is not None
         bias = between or not spec.bottleneck  # two linear layers need only the second one's
-        self.reduce = _conv(spec.dim, spec.rank, spec.kernel, bias, spec.linear)
+        self.reduce = _conv(spec.dim, spec.rank, spec.kernel, bias, spec.tokenwise)
         self.norm = nn.BatchNorm2d(spec.rank) if spec.norm else nn.Identity()
         self.act = nn.ReLU() if spec.act else nn.Identity()
-        self.expand = _conv(spec.rank, spec.dim, 1, True, spec.linear) if spec.bottleneck else nn.Identity()
+        self.expand = _conv(spec.rank, spec.dim, 1, True, spec.tokenwise) if spec.bottleneck else nn.Identity()
 
     def local(self, map_BCHW: Tensor) -> Tensor:
         out: Tensor = self.expand(self.act(self.norm(self.reduce(map_BCHW))))
@@ -223,11 +223,11 @@ class DepthwiseMixer(_MapMixer):
     def __init__(self, spec: Depthwise, io: IO) -> None:
         super().__init__(spec, io)
         # no biases in front of the taps: what lies outside the map is then zero for the values as well
-        self.value = _conv(spec.dim, spec.width, 1, False, spec.linear)
+        self.value = _conv(spec.dim, spec.width, 1, False, spec.tokenwise)
         self.taps = nn.Conv2d(
             spec.width, spec.width, spec.kernel, padding=spec.kernel // 2, groups=spec.width, bias=False
         )
-        self.expand = _conv(spec.width, spec.dim, 1, True, spec.linear)
+        self.expand = _conv(spec.width, spec.dim, 1, True, spec.tokenwise)
 
     def local(self, map_BCHW: Tensor) -> Tensor:
         out: Tensor = self.expand(self.taps(self.value(map_BCHW)))

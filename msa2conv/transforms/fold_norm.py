@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
 from ..ops import Conv, ConvMixer
 from ..plan import Edit, Replace
-from .apply import replace_submodule, submodule
 from .merge_linear import joined
-from .restate import restated
+from .restate import Restatement, restated_mixers
 
 
 def fold_norms(edits: tuple[Edit, ...], model: nn.Module) -> tuple[tuple[Edit, ...], nn.Module]:
@@ -24,34 +21,26 @@ def fold_norms(edits: tuple[Edit, ...], model: nn.Module) -> tuple[tuple[Edit, .
     Returns:
         (edits without these norms, a copy without them).
     """
-    folded = copy.deepcopy(model)
-    found: list[Edit] = []
-    for edit in edits:
-        if isinstance(edit, Replace) and isinstance(edit.spec, Conv) and edit.spec.norm is not None:
-            old = submodule(folded, edit.path)
-            assert isinstance(old, ConvMixer)
-            spec = edit.spec.model_copy(update={"norm": None})
-            edit = edit.model_copy(update={"spec": spec, "start": None})
-            replace_submodule(folded, edit.path, _without_norm(old, edit))
-        found.append(edit)
-    return tuple(found), folded
+    return restated_mixers(edits, model, _without_norm)
 
 
 @torch.no_grad()
-def _without_norm(old: ConvMixer, edit: Replace) -> nn.Module:
-    assert isinstance(edit.spec, Conv) and isinstance(old.expand, (nn.Conv2d, nn.Linear))
+def _without_norm(edit: Replace, old: nn.Module) -> Restatement | None:
+    if not isinstance(edit.spec, Conv) or edit.spec.norm is None:
+        return None
+    assert isinstance(old, ConvMixer)
+    spec = edit.spec.model_copy(update={"norm": None})
     state = {name: value for name, value in old.state_dict().items() if not name.startswith("norm.")}
     scale_R, shift_R = _affine(old.norm)
     weight = state["reduce.weight"]
     state["reduce.weight"] = weight * scale_R.reshape(-1, *(1 for _ in weight.shape[1:]))
     bias_R = shift_R + scale_R * state["reduce.bias"]
-    if edit.spec.act is not None:
-        state["reduce.bias"] = bias_R
-        return restated(edit, old, state)
+    if spec.act is not None:
+        return spec, state | {"reduce.bias": bias_R}
     # nothing stands between the two convolutions now: the second one's bias takes it all
-    state.pop("reduce.bias", None)
+    state.pop("reduce.bias")
     state["expand.bias"] = state["expand.bias"] + state["expand.weight"].flatten(1) @ bias_R
-    return restated(edit, old, state if edit.spec.bottleneck else joined(state))
+    return spec, state if spec.bottleneck else joined(state)
 
 
 def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:

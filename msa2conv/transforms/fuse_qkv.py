@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 
-from ..merging import Merged
 from ..ops import Attend
 from ..plan import Edit, Replace
-from .apply import replace_submodule, submodule
-from .restate import restated
+from .restate import Restatement, restated_mixers
 
 
 def fuse_qkv(edits: tuple[Edit, ...], model: nn.Module) -> tuple[tuple[Edit, ...], nn.Module]:
@@ -24,16 +20,13 @@ def fuse_qkv(edits: tuple[Edit, ...], model: nn.Module) -> tuple[tuple[Edit, ...
     Returns:
         (edits of a network with one layer for q, k and v, a copy of it).
     """
-    fused = copy.deepcopy(model)
-    found: list[Edit] = []
-    for edit in edits:
-        if isinstance(edit, Replace) and isinstance(edit.spec, Attend) and not edit.spec.fused:
-            path = f"{edit.path}.host" if isinstance(submodule(fused, edit.path), Merged) else edit.path
-            old = submodule(fused, path)
-            edit = edit.model_copy(update={"spec": edit.spec.model_copy(update={"fused": True}), "start": None})
-            replace_submodule(fused, path, restated(edit, old, _joined(old.state_dict())))
-        found.append(edit)
-    return tuple(found), fused
+    return restated_mixers(edits, model, _fused)
+
+
+def _fused(edit: Replace, old: nn.Module) -> Restatement | None:
+    if not isinstance(edit.spec, Attend) or edit.spec.fused:
+        return None
+    return edit.spec.model_copy(update={"fused": True}), _joined(old.state_dict())
 
 
 def _joined(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import Conv, ConvMixer
+from ..ops import Conv
 from ..plan import Edit, Replace
-from .apply import replace_submodule, submodule
-from .restate import restated
+from .restate import Restatement, restated_mixers
 
 
 def merge_linear(edits: tuple[Edit, ...], model: nn.Module) -> tuple[tuple[Edit, ...], nn.Module]:
@@ -24,16 +22,13 @@ def merge_linear(edits: tuple[Edit, ...], model: nn.Module) -> tuple[tuple[Edit,
     Returns:
         (edits of the merged network, a copy of it).
     """
-    merged = copy.deepcopy(model)
-    found: list[Edit] = []
-    for edit in edits:
-        if isinstance(edit, Replace) and isinstance(edit.spec, Conv) and _cheaper(edit.spec):
-            old = submodule(merged, edit.path)
-            assert isinstance(old, ConvMixer)
-            edit = edit.model_copy(update={"spec": edit.spec.model_copy(update={"rank": edit.spec.dim}), "start": None})
-            replace_submodule(merged, edit.path, restated(edit, old, joined(old.state_dict())))
-        found.append(edit)
-    return tuple(found), merged
+    return restated_mixers(edits, model, _merged)
+
+
+def _merged(edit: Replace, old: nn.Module) -> Restatement | None:
+    if not isinstance(edit.spec, Conv) or not _cheaper(edit.spec):
+        return None
+    return edit.spec.model_copy(update={"rank": edit.spec.dim}), joined(old.state_dict())
 
 
 def _cheaper(spec: Conv) -> bool:

@@ -5,14 +5,11 @@ A convolution wants its channels first or copies to have them last; a linear lay
 
 from __future__ import annotations
 
-import copy
+from torch import nn
 
-from torch import Tensor, nn
-
-from ..ops import Conv, Depthwise
+from ..ops import Conv, Depthwise, Spec
 from ..plan import Edit, Replace
-from .apply import replace_submodule, submodule
-from .restate import restated
+from .restate import Restatement, restated_mixers
 
 
 def tokenwise(edits: tuple[Edit, ...], model: nn.Module) -> tuple[tuple[Edit, ...], nn.Module]:
@@ -25,23 +22,18 @@ def tokenwise(edits: tuple[Edit, ...], model: nn.Module) -> tuple[tuple[Edit, ..
     Returns:
         (edits of a network with linear layers there, a copy of it).
     """
-    linear = copy.deepcopy(model)
-    found: list[Edit] = []
-    for edit in edits:
-        if isinstance(edit, Replace) and _begins_pointwise(edit):
-            old = submodule(linear, edit.path)
-            edit = edit.model_copy(update={"spec": edit.spec.model_copy(update={"linear": True}), "start": None})
-            own = edit.spec.build(edit.io).state_dict()
-            state: dict[str, Tensor] = {
-                name: value.reshape(own[name].shape) for name, value in old.state_dict().items()
-            }
-            replace_submodule(linear, edit.path, restated(edit, old, state))
-        found.append(edit)
-    return tuple(found), linear
+    return restated_mixers(edits, model, _linear)
 
 
-def _begins_pointwise(edit: Replace) -> bool:
-    spec = edit.spec
-    if not isinstance(spec, (Conv, Depthwise)) or spec.linear or not spec.layout.channels_last:
+def _linear(edit: Replace, old: nn.Module) -> Restatement | None:
+    if not _begins_pointwise(edit.spec):
+        return None
+    spec = edit.spec.model_copy(update={"tokenwise": True})
+    shapes = {name: value.shape for name, value in spec.build(edit.io).state_dict().items()}
+    return spec, {name: value.reshape(shapes[name]) for name, value in old.state_dict().items()}
+
+
+def _begins_pointwise(spec: Spec) -> bool:
+    if not isinstance(spec, (Conv, Depthwise)) or spec.tokenwise or not spec.layout.channels_last:
         return False
     return isinstance(spec, Depthwise) or spec.kernel == 1
