@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import backbones
 import pytest
 import torch
@@ -13,6 +15,7 @@ from msa2conv import testing
 from msa2conv.adapters import FFN, Attention, Declarations, channels_last, qkv, separate, tokens
 from msa2conv.errors import InvalidArgument, LawViolation, NoSitesFound
 from msa2conv.layouts import Layout
+from msa2conv.options import Option
 
 STRANGERS = {"einops": tutorials.EinopsViT, "separate": tutorials.SeparateViT, "map": tutorials.MapNet}
 ALL = pytest.mark.parametrize("name", STRANGERS)
@@ -94,6 +97,13 @@ def test_it_converts_by_either_search(name: str) -> None:
     data = [(images[:6], torch.arange(6)), (images[6:], torch.arange(6))]
     searched = msa2conv.convert(model, 0.8, data=data, search="gates", epochs=1, progress=False, **kwargs)
     assert searched.plan.flops / searched.plan.base.flops <= 0.8
+
+
+def test_every_way_to_merge_is_tried_once() -> None:
+    whole, half = Option("ffn", "whole", 8), Option("ffn", "half", 4)
+    merged = [replace(each, name=f"{each.name}@{keep}", inner=each) for each in (whole, half) for keep in (9, 5)]
+    tried = [option.name for option in testing._each_way([whole, half, *merged])]
+    assert tried == ["whole", "half", "whole@9", "whole@5", "half@9"]
 
 
 KNOWN = ["beit", "pvt_v2", "tv_vit", "crossvit", "efficientformer_v2", "levit", "pit", "relpos", "visformer"]
