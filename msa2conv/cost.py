@@ -23,6 +23,7 @@ from .errors import UncountedOperator
 from .merging import comparisons
 from .observation import Observation
 from .ops import IO, Attend, MixerSpec, TokenMixer
+from .plan import Edit
 from .sites import AttentionSite, FFNSite, Site, StreamSite
 from .stream import Drop
 from .transforms.apply import apply_edits
@@ -75,14 +76,19 @@ def count_flops(model: nn.Module, inputs: Tensor) -> int:
 
 def flops_by_module(model: nn.Module, inputs: Tensor) -> Counter[str]:
     """{module path: multiply-adds inside it} on these very inputs; "" is the whole model. See `count_flops`."""
+    return _counted(copy.deepcopy(model).eval(), inputs)
+
+
+def _counted(model: nn.Module, inputs: Tensor) -> Counter[str]:
+    """`flops_by_module` of a model of ours in eval mode, which is traced itself."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # fvcore's import touches a deprecated part of torch
         from fvcore.nn import FlopCountAnalysis
         from fvcore.nn.jit_handles import elementwise_flop_counter, norm_flop_counter
 
-    model = _Counted(copy.deepcopy(model).eval())
+    traced = _Traced(model)
     logging.getLogger("fvcore").setLevel(logging.ERROR)
-    analysis = FlopCountAnalysis(model, inputs)
+    analysis = FlopCountAnalysis(traced, inputs)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     for name in _FUSED_ATTENTION:
         analysis.set_op_handle(f"aten::{name}", _attention_flops)
@@ -100,10 +106,11 @@ def flops_by_module(model: nn.Module, inputs: Tensor) -> Counter[str]:
             "ignore"
         )  # the tracer's deprecation and constant-folding notes are not the user's concern
         counts = analysis.by_module()
+        traced.unhook()
         unknown = {name: times for name, times in analysis.unsupported_ops().items() if name not in ZERO_FLOPS}
     if unknown:
         raise UncountedOperator(
-            type(model.model).__name__,
+            type(model).__name__,
             "operators without a FLOPs rule: " + ", ".join(f"{name} ({times}x)" for name, times in unknown.items()),
             "operators that the counter knows",
             "Add them to msa2conv.cost (ZERO_FLOPS, or a handle) rather than report a wrong figure.",
@@ -111,7 +118,7 @@ def flops_by_module(model: nn.Module, inputs: Tensor) -> Counter[str]:
     return Counter({path.removeprefix("model").removeprefix("."): int(flops) for path, flops in counts.items()})
 
 
-class _Counted(nn.Module):
+class _Traced(nn.Module):
     """A model whose outputs include what its mixers ignore.
 
     GC ViT computes global queries also for a site that no longer asks for them. PyTorch runs them, so they count; the
@@ -121,9 +128,12 @@ class _Counted(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model, self.ignored = model, list[Tensor]()
-        for module in model.modules():
-            if isinstance(module, TokenMixer):
-                module.register_forward_pre_hook(self._keep, with_kwargs=True)
+        mixers = [module for module in model.modules() if isinstance(module, TokenMixer)]
+        self._hooks = [mixer.register_forward_pre_hook(self._keep, with_kwargs=True) for mixer in mixers]
+
+    def unhook(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
     def _keep(self, mixer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(mixer, TokenMixer)
@@ -248,22 +258,20 @@ class CostModel:
     ) -> CostModel:
         """Count the model as it is, and with every FFN one unit narrower for the price of a hidden unit."""
         sites = tuple(sites)
-        counts = flops_by_module(lift(model, sites).model, seen.inputs)
+        counts = _counted(lift(model, sites).model, seen.inputs)
         ffns = [site for site in sites if isinstance(site, FFNSite)]
-        narrowed = counts
-        if ffns:
-            narrow = copy.deepcopy(model)
-            apply_edits(narrow, [edit for site in ffns for edit in site.edits(range(site.hidden - 1))])
-            narrowed = flops_by_module(lift(narrow, sites).model, seen.inputs)
+        units = _difference(model, seen, sites, counts, {s.path: s.edits(range(s.hidden - 1)) for s in ffns})
+        able = {site.path: site.head_units for site in sites if isinstance(site, AttentionSite) and site.head_units}
+        fewer = {path: each.edits(path, range(each.heads - 1)) for path, each in able.items()}
+        heads = _difference(model, seen, sites, counts, fewer)
         shapes = {}
         for site in sites:
             call = seen.once(site.path)
             assert call is not None and call.x is not None
             shapes[site.path] = call.x
-        units = {site.path: counts[site.path] - narrowed[site.path] for site in ffns}
         hosts = {s.path: s.hidden * units[s.path] if isinstance(s, FFNSite) else counts[s.path] for s in sites}
         samples, beside = _samples(model, seen, sites, counts), {} if stream is None else _beside(stream, counts)
-        return cls(counts[""], hosts, units, shapes, samples, beside, _heads(model, seen, sites, counts))
+        return cls(counts[""], hosts, units, shapes, samples, beside, heads)
 
     def mixer(self, site: AttentionSite, spec: MixerSpec, tokens: int | None = None) -> int:
         """Multiply-adds of a mixer at a site, on so many tokens (prefix tokens included), or on all."""
@@ -319,17 +327,23 @@ class CostModel:
 
 @cache  # blocks are alike
 def _mixer_flops(spec: MixerSpec, io: IO, shape: tuple[int, ...]) -> int:
-    return 0 if spec.kind in ("skip", "identity") else flops_by_module(spec.build(io), torch.zeros(shape))[""]
+    return 0 if spec.kind in ("skip", "identity") else _counted(spec.build(io).eval(), torch.zeros(shape))[""]
 
 
-def _heads(model: nn.Module, seen: Observation, sites: Iterable[Site], counts: Mapping[str, int]) -> dict[str, int]:
-    able = {site.path: site.head_units for site in sites if isinstance(site, AttentionSite) and site.head_units}
-    if not able:
+def _difference(
+    model: nn.Module,
+    seen: Observation,
+    sites: Iterable[Site],
+    counts: Mapping[str, int],
+    edits: Mapping[str, Iterable[Edit]],
+) -> dict[str, int]:
+    """{path: what the edits of that site, all made at once, take away from it}."""
+    if not edits:
         return {}
     narrow = copy.deepcopy(model)
-    apply_edits(narrow, [edit for path, units in able.items() for edit in units.edits(path, range(units.heads - 1))])
-    narrowed = flops_by_module(lift(narrow, sites).model, seen.inputs)
-    return {path: counts[path] - narrowed[path] for path in able}
+    apply_edits(narrow, [edit for each in edits.values() for edit in each])
+    narrowed = _counted(lift(narrow, sites).model, seen.inputs)
+    return {path: counts[path] - narrowed[path] for path in edits}
 
 
 def _beside(stream: StreamSite, counts: Mapping[str, int]) -> dict[str, int]:
@@ -355,7 +369,7 @@ def _samples(
             called, every = Called(module, call.arguments), merging.tokens(merging.count)
             fewer = (every - 1,) if isinstance(site, FFNSite) else (every - 1, every - 2)
             inputs = [(tokens, merging.input(call.x, tokens).to(seen.inputs)) for tokens in fewer]
-            counted = [(tokens, flops_by_module(called, value)[""]) for tokens, value in inputs]
+            counted = [(tokens, _counted(called, value)[""]) for tokens, value in inputs]
             known[key] = ((every, counts[site.path]), *counted)
         found[site.path] = known[key]
     return found

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from msa2conv.cost import count_flops, flops_by_module
+from msa2conv.cost import _counted, count_flops, flops_by_module
 from msa2conv.errors import UncountedOperator
 from msa2conv.ops import IO, Skip
 from msa2conv.plan import Replace
@@ -184,3 +184,10 @@ def test_the_cost_of_any_width_is_linear_in_its_units(case: Case) -> None:
         whole = [option for option in case.options[site.path] if option.inner is None]
         for option in whole[:: max(1, len(whole) // 4)]:
             assert option.flops == case.seen.costs.ffn(site, int(option.name.split("/")[0]))
+
+
+def test_measuring_leaves_no_hook_behind(case: Case) -> None:
+    hybrid = case.hybrid({site.path: case.options[site.path][-1] for site in case.seen.claims.attentions}).model
+    for model in (case.work, hybrid):
+        _counted(model, case.images[:1])
+        assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
