@@ -29,11 +29,14 @@ from msa2conv.plan import Shorten, Wrap, fingerprint
 from msa2conv.transforms.apply import apply_edits
 
 from .common import write
-from .levers import MERGED_A_BLOCK, order
+from .levers import ALL, MERGED_A_BLOCK, order
 from .rivals.token_merging import constant, token_merging
 
 MODELS = ("vit_tiny_patch16_224", "deit_small_patch16_224", "vit_base_patch16_224")
-SHOWN = ("the default", "merge_in_site alone", "merge_tokens alone", "all but merge_in_site", "mixer and ffn")
+SHOWN = (
+    "the default", *(f"{name} alone" for name in ALL),
+    "default but merge_in_site", "all but merge_in_site", "mixer and ffn",
+)  # fmt: skip
 
 
 def main() -> None:
