@@ -23,7 +23,7 @@ def distill(
     steps: int,
     *,
     held_out: Tensor | None = None,
-    lr: float = 3e-5,
+    lr: float = 1e-5,
     measure: Measure = "kl",
     seed: int = 0,
     progress: bool = True,
