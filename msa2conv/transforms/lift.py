@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..options import Option
-from ..plan import Edit, Shorten, Slice, Wrap
+from ..plan import Edit, Replace, Shorten, Slice, Wrap
 from ..sites import FFNSite, Site
 from .apply import apply_edits, load_tensors, relative, replace_submodule, submodule
 from .supernode import HOST, Supernode
@@ -112,8 +112,9 @@ def edited(
     host: nn.Module, place: str, edits: Iterable[Edit], tensors: Mapping[str, Tensor] | None = None
 ) -> nn.Module:
     """What edits leave of a copy of the module at `place`, with these values where they are given."""
-    holder = nn.Module()
-    holder._modules["host"] = copy.deepcopy(host)
+    holder, edits = nn.Module(), tuple(edits)
+    replaced = bool(edits) and isinstance(edits[0], Replace) and edits[0].path == place  # nothing of it is left
+    holder._modules["host"] = host if replaced else copy.deepcopy(host)
     apply_edits(holder, [edit.model_copy(update={"path": _rebase(edit.path, place)}) for edit in edits])
     load_tensors(holder, {_rebase(name, place): value for name, value in (tensors or {}).items()})
     found: nn.Module = holder._modules["host"]  # type: ignore[assignment]
