@@ -14,6 +14,7 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 from models import converted, images, same, snapshot, swin, vit
+from sampled import sampled
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -48,8 +49,10 @@ def test_training_mode_is_kept_module_by_module() -> None:
     assert not converted().model.training
 
 
-@pytest.mark.parametrize("build", [vit, swin])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+HALVES = [(vit, torch.bfloat16), (swin, torch.float16), (vit, torch.float16), (swin, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("build", "dtype"), sampled(HALVES, 2), ids=str)
 def test_half_precision_comes_back_in_half(build: Callable[[], nn.Module], dtype: torch.dtype) -> None:
     model, data = build().to(dtype), images(size=32 if build is vit else 56)
     before = snapshot(model)
@@ -63,13 +66,16 @@ def test_half_precision_comes_back_in_half(build: Callable[[], nn.Module], dtype
 
 @pytest.mark.parametrize(
     "wrap",
-    [
-        nn.DataParallel,
-        lambda model: torch.compile(model, backend="eager"),
-        lambda model: nn.DataParallel(torch.compile(model)),
-        lambda model: Fabric(accelerator="cpu").setup(model),
-    ],
-    ids=["DataParallel", "compile", "both", "Fabric"],
+    sampled(
+        [
+            lambda model: nn.DataParallel(torch.compile(model)),
+            lambda model: Fabric(accelerator="cpu").setup(model),
+            nn.DataParallel,
+            lambda model: torch.compile(model, backend="eager"),
+        ],
+        2,
+    ),
+    ids=["both", "Fabric", "DataParallel", "compile"],
 )
 def test_wrappers_are_taken_off(wrap: Callable[[nn.Module], nn.Module]) -> None:
     model = vit()
@@ -140,13 +146,7 @@ FORMS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "form",
-    [
-        name if name in ("tensor", "pairs", "generator", "loader") else pytest.param(name, marks=pytest.mark.slow)
-        for name in FORMS
-    ],
-)
+@pytest.mark.parametrize("form", sampled(FORMS, ("pairs", "loader")))
 def test_every_form_of_data_gives_the_same_hybrid(form: str) -> None:
     result = convert(vit(), 0.5, data=FORMS[form]())
     assert equal(result, converted())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -74,14 +75,19 @@ def modules() -> dict[str, str]:
     return {".".join(part for part in parts if part != "__init__"): path.read_text() for path, parts in names.items()}
 
 
+@cache
+def import_nodes(source: str) -> list[ast.Import | ast.ImportFrom]:
+    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+
+
 def imports(name: str, source: str, known: set[str]) -> set[str]:
     """Everything that a module imports, functions included: 'msa2conv.<name>' or the top-level package."""
     package = name if any(other.startswith(name + ".") for other in known) else name.rpartition(".")[0]
     found: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in import_nodes(source):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
+        else:
             base = node.module or ""
             if node.level:
                 above = ["msa2conv", *package.split(".")] if package else ["msa2conv"]

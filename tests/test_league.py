@@ -20,6 +20,7 @@ import torch
 from filelock import FileLock
 from matplotlib.figure import Figure
 from PIL import Image
+from sampled import sampled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -88,9 +89,7 @@ def name_of(method: str, budget: float = 0.7, seed: int = 0) -> Name:
 FIRST = {type(method): name for name, method in sorted(methods().items(), reverse=True)}.values()
 
 
-@pytest.mark.parametrize(
-    "method", [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in sorted(methods())]
-)
+@pytest.mark.parametrize("method", sampled(sorted(methods()), FIRST))
 def test_every_method_keeps_the_rules(method: str, stage: runner.Stage) -> None:
     budget = stage.flops if method == DENSE else round(0.7 * stage.flops)
     digest = stage.digest

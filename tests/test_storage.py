@@ -14,6 +14,7 @@ import pytest
 import torch
 from models import converted, files, images, same, seeded, snapshot, swin, vit
 from safetensors import safe_open
+from sampled import sampled
 from torch import nn
 
 import msa2conv
@@ -60,7 +61,7 @@ def test_buffers_that_are_not_saved_are_not_shared_either(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("kind", BUILD)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", sampled([torch.bfloat16, torch.float16], 1), ids=str)
 def test_half_precision_stays_half(tmp_path: Path, kind: str, dtype: torch.dtype) -> None:
     """Whatever the precision of the model given; shifted windows keep their attention, so that masks are in use."""
     x = images(8, 32 if kind == "vit" else 56)

@@ -48,7 +48,7 @@ class EinopsTransformer(nn.Module):
 
 
 class EinopsViT(nn.Module):
-    def __init__(self, dim: int = 32, depth: int = 3, patch: int = 8, classes: int = 10) -> None:
+    def __init__(self, dim: int = 32, depth: int = 2, patch: int = 8, classes: int = 10) -> None:
         super().__init__()
         self.to_patch_embedding = nn.Sequential(
             Rearrange("b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=patch, p2=patch), nn.Linear(3 * patch * patch, dim)
@@ -95,7 +95,7 @@ class InlineBlock(nn.Module):
 
 
 class SeparateViT(nn.Module):
-    def __init__(self, dim: int = 32, depth: int = 3, classes: int = 10) -> None:
+    def __init__(self, dim: int = 32, depth: int = 2, classes: int = 10) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, dim, 8, 8)
         self.position = nn.Parameter(torch.randn(1, 16, dim))
@@ -133,7 +133,7 @@ class MapBlock(nn.Module):
 
 
 class MapNet(nn.Module):
-    def __init__(self, dim: int = 32, depth: int = 3, classes: int = 10) -> None:
+    def __init__(self, dim: int = 32, depth: int = 2, classes: int = 10) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, dim, 4, 4))
         self.stages = nn.ModuleList(MapBlock(dim) for _ in range(depth))

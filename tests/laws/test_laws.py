@@ -13,6 +13,7 @@ import tiny
 import torch
 from conftest import TARGET, Case, Hybrid, case_of
 from hypothesis import given, settings, strategies as st
+from sampled import sampled
 from torch import Tensor, nn
 
 import msa2conv
@@ -29,6 +30,9 @@ from msa2conv.transforms.apply import apply
 from msa2conv.transforms.lift import Supernet, lift
 
 TESTS = Path(__file__).parents[1]
+few = pytest.mark.parametrize(
+    "case", sampled(tiny.NAMES, ("vit", "distilled", "swin_padded", "foreign")), indirect=True
+)
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
@@ -132,6 +136,7 @@ def test_the_original_costs_what_it_says(case: Case) -> None:
     assert count_flops(case.work, case.images[:1]) == costs.base == costs.rest + sum(costs.hosts.values())
 
 
+@few
 def test_random_plans_cost_what_they_say(case: Case) -> None:
     for hybrid in case.random_hybrids:
         assert_costs_what_it_says(case, hybrid)
@@ -200,13 +205,7 @@ def test_the_budget_is_never_exceeded_and_is_used(case: Case) -> None:
     assert used >= 6, "the tiny models ought to allow most budgets"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name in ("vit", "swin_padded", "foreign") else pytest.param(name, marks=pytest.mark.slow)
-        for name in tiny.NAMES
-    ],
-)
+@pytest.mark.parametrize("name", sampled(tiny.NAMES, ("vit", "swin_padded", "foreign")))
 @pytest.mark.parametrize("share", [0.02, 0.97])
 def test_convert_keeps_a_budget_at_either_end(name: str, share: float) -> None:
     case = case_of(name)
@@ -254,7 +253,7 @@ print(*sorted({{name.partition(".")[0] for name in sys.modules}}))
 """
 
 
-@pytest.mark.parametrize("name", [pytest.param("swin_padded", marks=pytest.mark.slow), "foreign"])
+@pytest.mark.parametrize("name", sampled(["foreign", "swin_padded"], 1))
 def test_a_fresh_process_needs_no_search_and_gives_the_same_bits(name: str, tmp_path: Path) -> None:
     case, output = case_of(name), tmp_path / "output.pt"
     file = case.result.save(tmp_path / "hybrid.safetensors")
@@ -326,7 +325,7 @@ def test_the_users_model_is_not_touched_when_something_fails(
     assert tiny.snapshot(case.model) == case.before
 
 
-@pytest.mark.parametrize("name", ["vit", pytest.param("swin", marks=pytest.mark.slow), "foreign"])
+@pytest.mark.parametrize("name", sampled(["vit", "foreign", "swin"], 2))
 def test_the_users_model_is_not_touched_when_the_data_turn_to_nan_inside(name: str) -> None:
     """Images so large that activations overflow in the middle of the calibration."""
     case = case_of(name)
@@ -449,6 +448,7 @@ def test_an_image_does_not_depend_on_its_batch(case: Case) -> None:
     assert max(shares) > 0, "no clear decisions to say anything about"
 
 
+@few
 def test_no_option_mixes_images(case: Case) -> None:
     """Every mixer, one at a time."""
     for site in case.seen.claims.attentions:
@@ -459,6 +459,7 @@ def test_no_option_mixes_images(case: Case) -> None:
 # Law 9
 
 
+@few
 def test_optional_passes_do_not_change_the_output(case: Case) -> None:
     """One after the other, on the chosen plan and on random ones; and their edits alone make the same network again."""
     hybrids = [(case.result.plan, case.result.model), *((h.plan, h.model) for h in case.random_hybrids)]

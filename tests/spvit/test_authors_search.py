@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from authors_code import assert_close, block_outputs, build, fixture, recipe_of, thresholds
+from sampled import sampled
 from torch import Tensor
 
 from msa2conv import Search, spvit
@@ -79,7 +80,8 @@ def test_flops_and_penalty(name: str, case: str) -> None:
     assert_close(search.penalty(), wanted["complexity_loss"])
 
 
-@every_case
+@pytest.mark.parametrize("name", EVAL)
+@pytest.mark.parametrize("case", sampled(CASES, ("mixed_up", "mixed_down", "non_monotone")))
 def test_thresholds_decide_what_a_checkpoint_becomes(name: str, case: str) -> None:
     data = fixture(name)
     wanted = data["cases"][case]

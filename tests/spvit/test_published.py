@@ -12,6 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from authors_code import assert_close, published_counts
+from sampled import sampled
 from torch import nn
 
 import msa2conv
@@ -33,7 +34,7 @@ THEIRS = {
 NAMES = ", ".join(THEIRS)
 
 
-@pytest.fixture(scope="module", params=["deit_tiny", pytest.param("swin_tiny", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=sampled(["deit_tiny", "swin_tiny"], 1))
 def named(request: pytest.FixtureRequest) -> tuple[str, nn.Module, Plan]:
     model = timm.create_model(spvit.published()[request.param].base).eval()
     return request.param, model, spvit.plan(request.param, model)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from models import images, replaced, same, seeded, swin, vit
 from safetensors.torch import load_file, save_file
+from sampled import sampled
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
@@ -162,14 +163,7 @@ def test_hidden_states_are_taught_where_shapes_allow() -> None:
     assert 0 < curve[-1]["hidden"] < 1 and {"labels", "teacher", "loss"} <= curve[-1].keys()
 
 
-KINDS = [
-    "hf_swinv2",
-    "torch_encoder",
-    *(pytest.param(name, marks=pytest.mark.slow) for name in ("twins", "levit", "tv_maxvit")),
-]
-
-
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("family", sampled(["hf_swinv2", "torch_encoder", "twins", "levit", "tv_maxvit"], 2))
 def test_backbones_of_every_kind(family: str) -> None:
     """Nested lists of blocks, BatchNorms, sites around other sites, shared rows, sequences that come first."""
     if family not in backbones.TINY:
@@ -477,7 +471,7 @@ def test_a_full_disk_need_not_stop(complete: Conversion, tmp_path: Path, monkeyp
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
-@pytest.mark.parametrize("times", [5, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", sampled([5, 20], 1))
 def test_killed_again_and_again(complete: Conversion, tmp_path: Path, times: int) -> None:
     """At any moment: between steps, while files are written, before they are moved. The result is the same bits."""
     moments, kills, finished = random.Random(0), 0, 0
@@ -525,6 +519,7 @@ def _die_after(moments: int) -> None:
 TWO = """
 import os, sys
 import torch
+from sampled import sampled
 torch.set_num_threads(1)
 from test_finetune import on_any_number_of_processes
 on_any_number_of_processes(sys.argv[1])

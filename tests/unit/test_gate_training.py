@@ -17,6 +17,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from models import images, same, vit
+from sampled import sampled
 from searches import prepared, put_thresholds, run, scramble
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -341,7 +342,7 @@ def tweaked(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("what", OTHER)
+@pytest.mark.parametrize("what", sampled(OTHER, 5))
 def test_another_search_is_not_continued(what: str, tmp_path: Path) -> None:
     stopped(tmp_path, KeyboardInterrupt, loss=after(3, interrupt))
     before = (tmp_path / STATE_FILE).read_bytes()

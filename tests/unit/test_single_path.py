@@ -12,6 +12,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from models import swin, vit
+from sampled import sampled
 from searches import assert_close, prepared, run, scramble
 from torch import Tensor, nn
 
@@ -323,7 +324,7 @@ def test_a_state_dict_holds_everything(search: Search) -> None:
     assert torch.equal(run(other.model, images(search)), run(search.model, images(search)))
 
 
-@pytest.mark.parametrize("name", ["vit", pytest.param("swin", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", sampled(["vit", "swin"], 1))
 def test_it_compiles_into_one_graph(name: str) -> None:
     """In train mode, without graph breaks; the gradients are those of the plain model."""
     model = vit(depth=1) if name == "vit" else swin(depths=(2,), num_heads=(3,))

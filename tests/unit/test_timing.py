@@ -9,6 +9,7 @@ import pytest
 import torch
 from clock import Clock, seconds, use
 from models import images, swin, vit
+from sampled import sampled
 from torch import nn
 
 import msa2conv
@@ -40,7 +41,7 @@ def network(model: nn.Module, choices: dict[str, Option]) -> nn.Module:
     return msa2conv.apply(plan, model, tensors)
 
 
-@pytest.mark.parametrize("name", ["vit", pytest.param("swin", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", sampled(["vit", "swin"], 1))
 def test_a_network_takes_what_its_modules_take(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, Clock())
     model = vit(**WIDE) if name == "vit" else swin()
