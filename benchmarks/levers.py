@@ -92,7 +92,7 @@ def order(variant: str) -> int:
     return list(VARIANTS).index(variant) if variant in VARIANTS else len(VARIANTS)
 
 
-def calibrated(model: nn.Module, images: Tensor, path: Path | None, seed: int) -> msa2conv.Calibration:
+def calibrated(model: nn.Module, images: Tensor | None, path: Path | None, seed: int) -> msa2conv.Calibration:
     if path is not None and path.is_file():
         calibration = msa2conv.Calibration.load(path, msa2conv.inspect(model).claims)
         calibration.check_model(model)

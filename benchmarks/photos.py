@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--targets", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.6, 0.5])
     parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES))
     parser.add_argument("--calibration", type=Path, help="on these photos: where it is kept, and read if it is there")
+    parser.add_argument("--shipped", type=Path, help="the same on the shipped photos")
     parser.add_argument("--distill-steps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -51,9 +52,10 @@ def main() -> None:
     for source in args.sources:
         data: Tensor | None = images[fit] if source == SOURCES[0] else None
         if data is None:
-            calibration = msa2conv.calibrate(model, None, seed=args.seed)
+            calibration = calibrated(model, None, args.shipped, args.seed)
         else:
-            calibration = restricted(calibrated(model, data, args.calibration, args.seed), DEFAULT)
+            calibration = calibrated(model, data, args.calibration, args.seed)
+        calibration = restricted(calibration, DEFAULT)
         for target in args.targets:
             options: dict[str, Any] = {"data": data, "calibration": calibration, "seed": args.seed}
             result = msa2conv.convert(model, target, **options)

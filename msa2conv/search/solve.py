@@ -12,6 +12,7 @@ from ..settings import AS_IT_IS, Limit, Options, Setting, inside, least_flops, o
 from .relaxation import bounds, price_of, steps, worth_trying
 
 Choices = dict[str, Option]
+FEWER = ", fewer merges"
 _FINE = 1e-3  # gap of the optimum under a limit: what is measured is not known better
 SLACK = 0.05  # how much worse, in its price, a plan may be that merges at fewer sites
 NEGLIGIBLE = 1e-3  # ... or by as much as an option of this score (nats, or relative error) costs
@@ -141,9 +142,9 @@ def fewest_merges(
 ) -> Choices:
     """Of the solutions that are nearly as good as an optimum, the best that merge at the fewest sites.
 
-    Comparing and gathering tokens takes time but hardly any FLOPs, so that a merge more for the last percent of a price
-    is no gain. Nearly as good: dearer by at most `SLACK` and what one option of score `NEGLIGIBLE` costs. The budget is
-    used as the optimum uses it.
+    Comparing and gathering tokens takes time but hardly any FLOPs. Nearly as good: dearer by at most `SLACK` and what
+    one option of score `NEGLIGIBLE` costs; whether it is as good, only the whole network can tell. The budget is used
+    as the optimum uses it.
 
     Args:
         options, rest, budget, price: as for `solve`.
@@ -278,26 +279,30 @@ def diverse(
 ) -> dict[str, Choices]:
     """{name of the price: its optimal choices}, duplicates dropped; a setting is the first of its choices.
 
-    With several settings also the optimum without any, where there is one: single scores cannot say which comes closer.
+    With several settings also the optimum without any, where there is one; and, by its name and `FEWER`, what is nearly
+    as good as an optimum and merges at fewer sites. Single scores cannot say which comes closer.
     """
-    found: dict[str, Choices] = {}
-    seen: set[tuple[str, ...]] = set()
+    optima: dict[str, tuple[Setting, Choices]] = {}
     ways = {"": list(settings)} | ({", grid kept": [AS_IT_IS]} if len(settings) > 1 else {})
     for name, price in PRICES.items():
         for suffix, allowed in ways.items():
             try:
-                setting, choices = solve_settings(allowed, options, rest, budget, price, limit)
+                optima[name + suffix] = solve_settings(allowed, options, rest, budget, price, limit)
             except InfeasibleBudget:
                 if not suffix:
                     raise
-                continue
-            if limit is None:  # which knows what merging takes
-                own = inside(setting, options)
-                choices = fewest_merges(own, rest + setting.flops, budget, choices, price)
-            if setting.option is not None:
-                choices = {(option := setting.option()).site: option} | choices
-            key = tuple(option.name for option in choices.values())
-            if key not in seen:
-                seen.add(key)
-                found[name + suffix] = choices
+    plans = list(optima.items())
+    if limit is None:  # which knows what merging takes
+        for name, (setting, choices) in optima.items():
+            own, price = inside(setting, options), PRICES[name.partition(",")[0]]
+            plans.append((name + FEWER, (setting, fewest_merges(own, rest + setting.flops, budget, choices, price))))
+    found: dict[str, Choices] = {}
+    seen: set[tuple[str, ...]] = set()
+    for name, (setting, choices) in plans:
+        if setting.option is not None:
+            choices = {(option := setting.option()).site: option} | choices
+        key = tuple(option.name for option in choices.values())
+        if key not in seen:
+            seen.add(key)
+            found[name] = choices
     return found

@@ -7,12 +7,14 @@ import itertools
 import random
 
 import pytest
+from conftest import Case
 from hypothesis import given, settings, strategies as st
 
+from msa2conv import planning
 from msa2conv.errors import InfeasibleBudget
 from msa2conv.options import Option
 from msa2conv.plan import Wrap
-from msa2conv.search.solve import NEGLIGIBLE, PRICES, SLACK, diverse, fewest_merges, solve, solve_settings
+from msa2conv.search.solve import FEWER, NEGLIGIBLE, PRICES, SLACK, diverse, fewest_merges, solve, solve_settings
 from msa2conv.settings import AS_IT_IS, Limit, Setting, least_flops
 
 Options = dict[str, list[Option]]
@@ -135,17 +137,32 @@ def test_the_fewest_merges_at_nearly_the_best_price_are_brute_forces(
     assert sum(option.score or 0.0 for option in found.values()) == pytest.approx(price, rel=1e-4, abs=1e-5)
 
 
-def test_a_plan_that_merges_less_is_taken_where_it_is_nearly_as_good() -> None:
+def test_a_plan_that_merges_less_is_offered_where_it_is_nearly_as_good() -> None:
     wrap = Wrap.model_construct()
     half = Option("b", "half", 50, score=1.0 + SLACK - 0.01)
     merged = Option("b", "host@8", 50, edits=(wrap,), score=1.0)
     options = {"a": [Option("a", "host", 100, score=0.0)], "b": [Option("b", "host", 100, score=0.0), half, merged]}
-    assert solve(options, 0, 150)["b"] is merged
-    assert diverse(options, 0, 150)["additive"]["b"] is half
+    found = diverse(options, 0, 150)
+    assert found["additive"]["b"] is merged and found["additive" + FEWER]["b"] is half
     worse = dataclasses.replace(half, score=1.0 + SLACK + 0.01)
-    assert diverse(options | {"b": [*options["b"][:1], worse, merged]}, 0, 150)["additive"]["b"] is merged
+    assert "additive" + FEWER not in diverse(options | {"b": [*options["b"][:1], worse, merged]}, 0, 150)
     free, nearly = dataclasses.replace(merged, score=0.0), dataclasses.replace(half, score=0.9 * NEGLIGIBLE)
-    assert diverse(options | {"b": [*options["b"][:1], nearly, free]}, 0, 150)["additive"]["b"] is nearly
+    found = diverse(options | {"b": [*options["b"][:1], nearly, free]}, 0, 150)
+    assert found["additive"]["b"] is free and found["additive" + FEWER]["b"] is nearly
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_what_merges_less_is_taken_where_the_whole_network_is_as_close(
+    better: bool, vit: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts = {path: next(option for option in group if not option.edits) for path, group in vit.options.items()}
+    broken = {path: next((o for o in vit.options[path] if o.name == "skip"), host) for path, host in hosts.items()}
+    optimum, fewer = (broken, hosts) if better else (hosts, broken)
+    plans = {"additive": optimum, "additive" + FEWER: fewer}
+    monkeypatch.setattr(planning, "diverse", lambda *_: plans)
+    choice = planning.choose(vit.work, vit.calibration, vit.seen.costs.base, progress=False)
+    assert choice.choices == hosts and choice.price == ("additive" + FEWER if better else "additive")
+    assert set(choice.distances) == set(plans)
 
 
 # Settings
