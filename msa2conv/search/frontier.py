@@ -16,7 +16,7 @@ def frontier(settings: Sequence[Setting], options: Options, rest: int) -> list[t
 
     For a price of a multiply-add every site takes its own best option (the Lagrangian relaxation of the knapsack), so a
     whole curve takes as long as one solution. What a solver finds for a budget in between lies on the curve or a little
-    above it, up to a twentieth where that saves merges.
+    above it.
 
     Args:
         settings: values of what is chosen for the whole network at once.
