@@ -52,7 +52,9 @@ def test_training_mode_is_kept_module_by_module() -> None:
 HALVES = [(vit, torch.bfloat16), (swin, torch.float16), (vit, torch.float16), (swin, torch.bfloat16)]
 
 
-@pytest.mark.parametrize(("build", "dtype"), sampled(HALVES, 2), ids=str)
+@pytest.mark.parametrize(
+    ("build", "dtype"), sampled(HALVES, 2), ids=lambda value: getattr(value, "__name__", str(value))
+)
 def test_half_precision_comes_back_in_half(build: Callable[[], nn.Module], dtype: torch.dtype) -> None:
     model, data = build().to(dtype), images(size=32 if build is vit else 56)
     before = snapshot(model)
