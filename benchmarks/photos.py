@@ -60,7 +60,7 @@ def main() -> None:
             options: dict[str, Any] = {"data": data, "calibration": calibration, "seed": args.seed}
             result = msa2conv.convert(model, target, **options)
             row = {"row": f"{source} {target}", "calibrated on": source, "budget": f"{target:.0%}", **figures(result)}
-            if data is not None:
+            if data is not None and args.distill_steps:
                 polished = figures(msa2conv.convert(model, target, distill_steps=args.distill_steps, **options))
                 row |= {f"{name} polished": value for name, value in polished.items()}
             print(row, flush=True)
@@ -72,7 +72,7 @@ def main() -> None:
                 f"""ViT-Ti/16 (timm augreg_in21k_ft_in1k), calibrated on {len(fit)} ImageNet validation photos or on
                 those that msa2conv ships, evaluated on {len(y)} other ImageNet photos (original {dense:.1f}; an easier
                 pick than the full set, read the differences). Lost: points of top-1, with the 95 % interval of the
-                paired difference. Polish: {args.distill_steps} steps of 32 images, no labels.""",
+                paired difference. Polish, if any: {args.distill_steps} steps of 32 images, no labels.""",
                 key="row",
                 order=lambda row: (SOURCES.index(row["calibrated on"]), -float(row["row"].split()[-1])),
             )

@@ -45,7 +45,7 @@ def main() -> None:
     photos = image_folder(HERE / "test", (3, 224, 224), Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.9))
 
     console.rule("convert: no labels, no gradients; calibrated on photos shipped with msa2conv")
-    plain = msa2conv.convert(model, args.flops)
+    plain = msa2conv.convert(model, args.flops, images=128)  # more are better, and take longer
     console.print(str(plain), highlight=False, soft_wrap=True)
 
     if args.sweep:
