@@ -50,12 +50,9 @@ def main() -> None:
         return {**against(reference, found, y), "KL": round(distance(reference, found, "kl"), 4)}
 
     for source in args.sources:
-        data: Tensor | None = images[fit] if source == SOURCES[0] else None
-        if data is None:
-            calibration = calibrated(model, None, args.shipped, args.seed)
-        else:
-            calibration = calibrated(model, data, args.calibration, args.seed)
-        calibration = restricted(calibration, DEFAULT)
+        data: Tensor | None
+        data, kept = (images[fit], args.calibration) if source == SOURCES[0] else (None, args.shipped)
+        calibration = restricted(calibrated(model, data, kept, args.seed), DEFAULT)
         for target in args.targets:
             options: dict[str, Any] = {"data": data, "calibration": calibration, "seed": args.seed}
             result = msa2conv.convert(model, target, **options)

@@ -53,9 +53,9 @@ def check_adapter(
     """Run the laws on every site that an adapter claims in a model.
 
     Of every shape of site every option is built (of those that merge, whatever runs on fewer tokens and every number of
-    tokens, once each): it must compute what the supernet does with that choice and cost what
-    it says. A hybrid is saved, loaded and run on single images. Tokens must lie where the Layout says, stated
-    projections must be the projections, and the model must come out untouched. Takes a small model seconds.
+    tokens, once each): it must compute what the supernet does with that choice and cost what it says. A hybrid is
+    saved, loaded and run on single images. Tokens must lie where the Layout says, stated projections must be the
+    projections, and the model must come out untouched. Takes a small model seconds.
 
     Args:
         adapter: one, or several that share the model.

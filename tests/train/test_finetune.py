@@ -519,7 +519,6 @@ def _die_after(moments: int) -> None:
 TWO = """
 import os, sys
 import torch
-from sampled import sampled
 torch.set_num_threads(1)
 from test_finetune import on_any_number_of_processes
 on_any_number_of_processes(sys.argv[1])
