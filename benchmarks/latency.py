@@ -6,7 +6,7 @@
 
 Random weights: time does not depend on them. Plans that only merge tokens are also carried over to larger networks with
 the same 196 patches: the same sites see the same number of tokens. The rows "token merging" are the rival
-at about the same FLOPs. Medians of forward passes.
+at about the same FLOPs. Medians of the ratios of passes that took turns.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from msa2conv import Plan
 from msa2conv.cost import count_flops
 from msa2conv.evaluate import latency
 from msa2conv.plan import Shorten, Wrap, fingerprint
+from msa2conv.stopwatch import Samples
 from msa2conv.transforms.apply import apply_edits
 
 from .common import write
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=45, help="at batch 1; a third at larger ones")
     parser.add_argument("--compile", action="store_true", help="torch.compile with its defaults")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -76,19 +77,21 @@ def main() -> None:
                 f"--batches {' '.join(map(str, args.batches))}{' --compile' if args.compile else ''}",
                 args.seed,
                 rows,
-                f"Time over the original's, {args.dtype}{', compiled' if args.compile else ''}: medians of forward "
-                "passes in turn. Plans: those of `benchmarks.levers` on a real ViT-Ti; those that only merge tokens "
-                "also on larger networks with as many patches. Token merging (Bolya et al.) is the rival.",
+                f"""Time over the original's, {args.dtype}{", compiled" if args.compile else ""}: medians of ratios of
+                passes that took turns. Spread: the larger interquartile range over the median. Plans: those of
+                `benchmarks.levers` on a real ViT-Ti; those that only merge tokens also on larger networks with as many
+                patches. Token merging (Bolya et al.) is the rival.""",
                 key="row",
                 order=lambda row: (MODELS.index(row["model"]), -float(row["row"].split()[1]), order(row["levers"])),
                 device=args.device,
             )
 
 
-def row(name: str, target: float, variant: str, flops: float, times: dict[str, dict[int, float]]) -> dict[str, Any]:
+def row(name: str, target: float, variant: str, flops: float, times: dict[int, Samples]) -> dict[str, Any]:
     found = {"row": f"{name} {target} {variant}", "model": name, "budget": f"{target:.0%}", "levers": variant}
-    ratios = {f"batch {n}": f"{times[variant][n] / seconds:.2f}" for n, seconds in times["dense"].items()}
-    return found | {"FLOPs": f"{flops:.3f}"} | ratios
+    ratios = {f"batch {batch}": f"{each.ratio(variant, 'dense'):.2f}" for batch, each in times.items()}
+    spread = max(each.timing(variant).spread for each in times.values())
+    return found | {"FLOPs": f"{flops:.3f}"} | ratios | {"spread": f"{spread:.0%}"}
 
 
 def hybrids(model: nn.Module, target: float, args: argparse.Namespace) -> Iterator[tuple[str, nn.Module]]:

@@ -73,10 +73,10 @@ def main() -> None:
 def measured(result: msa2conv.Conversion, model: torch.nn.Module, x: torch.Tensor, batch: int) -> dict[str, Any]:
     report = result.report.latency
     assert report is not None
-    times = latency({"dense": model, "hybrid": result.model}, x[:1], (batch,), 45)
+    times = latency({"dense": model, "hybrid": result.model}, x[:1], (batch,), 45)[batch]
     return {
         "measured": f"{report.ratio:.1%}",
-        "again": f"{times['hybrid'][batch] / times['dense'][batch]:.1%}",
+        "again": f"{times.ratio('hybrid', 'dense'):.1%}",
         "tried": " ".join(f"{ratio:.1%}" for ratio in report.attempts),
         "spread": f"{report.spread:.0%}",
     }

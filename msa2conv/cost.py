@@ -105,8 +105,10 @@ def _counted(model: nn.Module, inputs: Tensor) -> Counter[str]:
         warnings.simplefilter(
             "ignore"
         )  # the tracer's deprecation and constant-folding notes are not the user's concern
-        counts = analysis.by_module()
-        traced.unhook()
+        try:
+            counts = analysis.by_module()
+        finally:
+            traced.unhook()
         unknown = {name: times for name, times in analysis.unsupported_ops().items() if name not in ZERO_FLOPS}
     if unknown:
         raise UncountedOperator(

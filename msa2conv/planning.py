@@ -17,7 +17,7 @@ from .report.inspection import Inspection
 from .search.calibration import Calibration
 from .search.frontier import frontier
 from .search.measure import OutputFn, agreement, distance, outputs
-from .search.solve import FEWER, diverse
+from .search.solve import diverse, fewest_merges
 from .settings import Limit
 from .sites import AttentionSite
 from .transforms.apply import apply
@@ -77,19 +77,21 @@ def choose(
     agreements: dict[str, float | None] = {}
 
     def compare(name: str) -> None:
-        with net.pinned(net.branches(found[name])) as pinned:
+        with net.pinned(net.branches(found[name].choices)) as pinned:
             output = outputs(pinned, calibration.images, output_fn=output_fn)
         distances[name] = distance(calibration.reference, output, calibration.measure)
         agreements[name] = agreement(calibration.reference, output) if calibration.measure == "kl" else None
 
-    for name in track([name for name in found if not name.endswith(FEWER)], "compare", progress):
+    for name in track(list(found), "compare", progress):
         compare(name)
     best = min(distances, key=lambda name: distances[name])
-    if (fewer := best + FEWER) in found:
-        compare(fewer)
-        best = fewer if distances[fewer] <= distances[best] else best
-    predicted = sum(option.score or 0.0 for option in found[best].values())
-    return Choice(found[best], best, predicted, distances, agreements[best])
+    fewer = found[best] if limit else fewest_merges(found[best], options, rest, target)  # a limit knows what they take
+    if fewer is not found[best]:
+        found[name := best + ", fewer merges"] = fewer
+        compare(name)
+        best = name if distances[name] <= distances[best] else best
+    predicted = sum(option.score or 0.0 for option in found[best].choices.values())
+    return Choice(found[best].choices, best, predicted, distances, agreements[best])
 
 
 def tradeoff(calibration: Calibration) -> list[Promise]:

@@ -83,8 +83,8 @@ def table(
     for name, model in models.items():
         flops = before if name == "original" else after
         cells = [name, f"{accuracy[name].percent:.1f}", f"{flops / 1e9:.3f}", f"{parameter_count(model) / 1e6:.2f}"]
-        for batch in (1, 32):
-            cells += [f"{1e3 * times[name][batch]:.1f}", f"{times[name][batch] / times['original'][batch]:.2f}"]
+        for each in times.values():
+            cells += [f"{1e3 * each.timing(name).seconds:.1f}", f"{each.ratio(name, 'original'):.2f}"]
         result.add_row(*cells)
     return result
 

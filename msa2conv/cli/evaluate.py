@@ -19,6 +19,7 @@ from ..plan import Preprocessing, parameter_count
 from ..report.evaluation import Evaluation, Measured
 from ..report.page import PAGE_FILE, can_draw
 from ..search.timetable import described
+from ..stopwatch import Samples
 from ..storage import load, read_plan
 from .models import original_of
 from .shown import say, show
@@ -61,7 +62,7 @@ def report(path: Annotated[Path, typer.Argument(help="Folder written by `msa2con
     show(f"written to {write_report(path)}")
 
 
-def _keep(folder: Path, images: str, rows: dict[str, Row], times: dict[str, dict[int, float]]) -> None:
+def _keep(folder: Path, images: str, rows: dict[str, Row], times: dict[int, Samples]) -> None:
     """Put what was measured beside the hybrid, and into its report."""
     models = {
         label: Measured(
@@ -69,7 +70,7 @@ def _keep(folder: Path, images: str, rows: dict[str, Row], times: dict[str, dict
             images=accuracy.total,
             flops=flops,
             parameters=parameter_count(model),
-            seconds=times[label],
+            seconds={batch: samples.timing(label).seconds for batch, samples in times.items()},
         )
         for label, (accuracy, flops, model) in rows.items()
     }
@@ -79,14 +80,13 @@ def _keep(folder: Path, images: str, rows: dict[str, Row], times: dict[str, dict
         show(f"report with these figures: {write_report(folder)}")
 
 
-def _table(rows: dict[str, Row], times: dict[str, dict[int, float]]) -> Table:
+def _table(rows: dict[str, Row], times: dict[int, Samples]) -> Table:
     first = next(iter(rows))
     table = Table(title="FLOPs are multiply-adds at batch 1; latency is the median, interleaved")
     for column in ("", "top-1 %", "GFLOPs", "M params", "ms, batch 1", "ms, batch 32"):
         table.add_column(column, justify="right")
     for label, (accuracy, flops, model) in rows.items():
-        ratio = [times[label][batch] / times[first][batch] for batch in (1, 32)]
-        shown = [f"{1e3 * times[label][batch]:.1f} ({r:.2f})" for batch, r in zip((1, 32), ratio, strict=True)]
+        shown = [f"{1e3 * each.timing(label).seconds:.1f} ({each.ratio(label, first):.2f})" for each in times.values()]
         table.add_row(
             label, f"{accuracy.percent:.2f} ({accuracy.correct}/{accuracy.total})", f"{flops / 1e9:.3f}",
             f"{parameter_count(model) / 1e6:.2f}", *shown,

@@ -18,7 +18,7 @@ from ..plan import Preprocessing
 from .sources import images_at
 
 FEWEST, COMFORTABLE = 8, 64
-EMBEDDED = "224 CC0 photos of clothing shipped with msa2conv"
+EMBEDDED = "CC0 photos of clothing shipped with msa2conv"
 
 
 def load_images(data: Any, limit: int, size: tuple[int, ...], seed: int = 0) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -12,7 +14,6 @@ from ..settings import AS_IT_IS, Limit, Options, Setting, inside, least_flops, o
 from .relaxation import bounds, price_of, steps, worth_trying
 
 Choices = dict[str, Option]
-FEWER = ", fewer merges"
 _FINE = 1e-3  # gap of the optimum under a limit: what is measured is not known better
 SLACK = 0.05  # how much worse, in its price, a plan may be that merges at fewer sites
 NEGLIGIBLE = 1e-3  # ... or by as much as an option of this score (nats, or relative error) costs
@@ -133,26 +134,47 @@ def quickest(settings: Iterable[Setting], options: Options, limit: Limit) -> flo
     )
 
 
-def fewest_merges(
-    options: Mapping[str, Sequence[Option]],
-    rest: int,
-    budget: int,
-    choices: Choices,
-    price: Callable[[Option], float] | None = None,
-) -> Choices:
-    """Of the solutions that are nearly as good as an optimum, the best that merge at the fewest sites.
+@dataclass(frozen=True)
+class Optimum:
+    """The best choices by one price, in the setting where they are best.
+
+    Args:
+        price: what is minimal.
+        setting: the setting.
+        sites: {site: option in it}.
+    """
+
+    price: Callable[[Option], float]
+    setting: Setting
+    sites: Choices
+
+    @cached_property
+    def choices(self) -> Choices:
+        """All that is to be done: a setting's own option is the first."""
+        if self.setting.option is None:
+            return self.sites
+        option = self.setting.option()
+        return {option.site: option} | self.sites
+
+
+def fewest_merges(optimum: Optimum, options: Options, rest: int, budget: int) -> Optimum:
+    """Of the solutions that are nearly as good as an optimum, the best that merges at the fewest sites.
 
     Comparing and gathering tokens takes time but hardly any FLOPs. Nearly as good: dearer by at most `SLACK` and what
     one option of score `NEGLIGIBLE` costs; whether it is as good, only the whole network can tell. The budget is used
     as the optimum uses it.
 
     Args:
-        options, rest, budget, price: as for `solve`.
-        choices: what `solve` found.
+        optimum: what `diverse` found.
+        options, rest, budget: those it was found with.
+
+    Returns:
+        The optimum itself where nothing merges less.
     """
-    price = price or _score
+    price, choices = optimum.price, optimum.sites
     if not any(option.merges for option in choices.values()):
-        return choices
+        return optimum
+    own, rest = inside(optimum.setting, options), rest + optimum.setting.flops
     most = (1 + SLACK) * sum(map(price, choices.values())) + price_of(NEGLIGIBLE, price)
     limit = Limit(price, lambda setting: 0.0, 0.0, most)
 
@@ -161,14 +183,15 @@ def fewest_merges(
         return option.merges + price(option) / (2 * limit.most)
 
     least = min(int(np.ceil(0.99 * budget)), rest + sum(option.flops for option in choices.values()))
-    worth = {site: _undominated(group, count, limit) for site, group in options.items()}
+    worth = {site: _undominated(group, count, limit) for site, group in own.items()}
     worth = worth_trying(worth, rest, budget, price, limit.most)
     found = _solve(worth, rest, 0, budget, count, limit)
     if found is None or rest + sum(option.flops for option in found.values()) < least:
-        every = worth_trying(options, rest, budget, price, limit.most)
+        every = worth_trying(own, rest, budget, price, limit.most)
         found = _solve(every, rest, least, budget, count, limit)
-    candidates = [choices] if found is None else [choices, found]
-    return min(candidates, key=lambda plan: sum(map(count, plan.values())))
+    if found is None or sum(map(count, found.values())) >= sum(map(count, choices.values())):
+        return optimum
+    return replace(optimum, sites=found)
 
 
 def _undominated(group: Sequence[Option], price: Callable[[Option], float], limit: Limit | None = None) -> list[Option]:
@@ -276,33 +299,24 @@ def diverse(
     budget: int,
     settings: Sequence[Setting] = (AS_IT_IS,),
     limit: Limit | None = None,
-) -> dict[str, Choices]:
-    """{name of the price: its optimal choices}, duplicates dropped; a setting is the first of its choices.
+) -> dict[str, Optimum]:
+    """{name of the price: its optimum}, duplicates dropped.
 
-    With several settings also the optimum without any, where there is one; and, by its name and `FEWER`, what is nearly
-    as good as an optimum and merges at fewer sites. Single scores cannot say which comes closer.
+    With several settings also the optimum without any, where there is one.
     """
-    optima: dict[str, tuple[Setting, Choices]] = {}
+    found: dict[str, Optimum] = {}
+    seen: set[tuple[str, ...]] = set()
     ways = {"": list(settings)} | ({", grid kept": [AS_IT_IS]} if len(settings) > 1 else {})
     for name, price in PRICES.items():
         for suffix, allowed in ways.items():
             try:
-                optima[name + suffix] = solve_settings(allowed, options, rest, budget, price, limit)
+                optimum = Optimum(price, *solve_settings(allowed, options, rest, budget, price, limit))
             except InfeasibleBudget:
                 if not suffix:
                     raise
-    plans = list(optima.items())
-    if limit is None:  # which knows what merging takes
-        for name, (setting, choices) in optima.items():
-            own, price = inside(setting, options), PRICES[name.partition(",")[0]]
-            plans.append((name + FEWER, (setting, fewest_merges(own, rest + setting.flops, budget, choices, price))))
-    found: dict[str, Choices] = {}
-    seen: set[tuple[str, ...]] = set()
-    for name, (setting, choices) in plans:
-        if setting.option is not None:
-            choices = {(option := setting.option()).site: option} | choices
-        key = tuple(option.name for option in choices.values())
-        if key not in seen:
-            seen.add(key)
-            found[name] = choices
+                continue
+            key = tuple(option.name for option in optimum.choices.values())
+            if key not in seen:
+                seen.add(key)
+                found[name + suffix] = optimum
     return found

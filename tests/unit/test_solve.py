@@ -14,7 +14,7 @@ from msa2conv import planning
 from msa2conv.errors import InfeasibleBudget
 from msa2conv.options import Option
 from msa2conv.plan import Wrap
-from msa2conv.search.solve import FEWER, NEGLIGIBLE, PRICES, SLACK, diverse, fewest_merges, solve, solve_settings
+from msa2conv.search.solve import NEGLIGIBLE, PRICES, SLACK, Optimum, diverse, fewest_merges, solve, solve_settings
 from msa2conv.settings import AS_IT_IS, Limit, Setting, least_flops
 
 Options = dict[str, list[Option]]
@@ -102,7 +102,8 @@ def test_prices_disagree_and_duplicates_are_dropped() -> None:
         ],
         "b": [Option("b", "host", 100, score=0.0), Option("b", "half", 75, score=0.5)],
     }
-    found = {name: tuple(option.name for option in plan.values()) for name, plan in diverse(options, 0, 150).items()}
+    plans = {name: optimum.choices for name, optimum in diverse(options, 0, 150).items()}
+    found = {name: tuple(option.name for option in plan.values()) for name, plan in plans.items()}
     assert found == {"additive": ("half", "half"), "square root": ("none", "host")}
 
 
@@ -129,7 +130,7 @@ def test_the_fewest_merges_at_nearly_the_best_price_are_brute_forces(
         if least <= total(plan, rest) <= budget
         and (price := sum(option.score or 0.0 for option in plan)) <= most + 1e-9
     ]
-    found = fewest_merges(options, rest, budget, best)
+    found = fewest_merges(Optimum(PRICES["additive"], AS_IT_IS, best), options, rest, budget).choices
     assert list(found) == list(options)
     assert least <= total(found, rest) <= budget
     merges, price = min(possible)
@@ -142,13 +143,17 @@ def test_a_plan_that_merges_less_is_offered_where_it_is_nearly_as_good() -> None
     half = Option("b", "half", 50, score=1.0 + SLACK - 0.01)
     merged = Option("b", "host@8", 50, edits=(wrap,), score=1.0)
     options = {"a": [Option("a", "host", 100, score=0.0)], "b": [Option("b", "host", 100, score=0.0), half, merged]}
-    found = diverse(options, 0, 150)
-    assert found["additive"]["b"] is merged and found["additive" + FEWER]["b"] is half
+    assert by_price_and_merges(options) == (merged, half)
     worse = dataclasses.replace(half, score=1.0 + SLACK + 0.01)
-    assert "additive" + FEWER not in diverse(options | {"b": [*options["b"][:1], worse, merged]}, 0, 150)
+    assert by_price_and_merges(options | {"b": [*options["b"][:1], worse, merged]}) == (merged, merged)
     free, nearly = dataclasses.replace(merged, score=0.0), dataclasses.replace(half, score=0.9 * NEGLIGIBLE)
-    found = diverse(options | {"b": [*options["b"][:1], nearly, free]}, 0, 150)
-    assert found["additive"]["b"] is free and found["additive" + FEWER]["b"] is nearly
+    assert by_price_and_merges(options | {"b": [*options["b"][:1], nearly, free]}) == (free, nearly)
+
+
+def by_price_and_merges(options: Options) -> tuple[Option, Option]:
+    """What site b becomes in the optimum, and in what merges less."""
+    optimum = diverse(options, 0, 150)["additive"]
+    return optimum.sites["b"], fewest_merges(optimum, options, 0, 150).sites["b"]
 
 
 @pytest.mark.parametrize("better", [True, False])
@@ -158,11 +163,12 @@ def test_what_merges_less_is_taken_where_the_whole_network_is_as_close(
     hosts = {path: next(option for option in group if not option.edits) for path, group in vit.options.items()}
     broken = {path: next((o for o in vit.options[path] if o.name == "skip"), host) for path, host in hosts.items()}
     optimum, fewer = (broken, hosts) if better else (hosts, broken)
-    plans = {"additive": optimum, "additive" + FEWER: fewer}
-    monkeypatch.setattr(planning, "diverse", lambda *_: plans)
+    price = PRICES["additive"]
+    monkeypatch.setattr(planning, "diverse", lambda *_: {"additive": Optimum(price, AS_IT_IS, optimum)})
+    monkeypatch.setattr(planning, "fewest_merges", lambda *_: Optimum(price, AS_IT_IS, fewer))
     choice = planning.choose(vit.work, vit.calibration, vit.seen.costs.base, progress=False)
-    assert choice.choices == hosts and choice.price == ("additive" + FEWER if better else "additive")
-    assert set(choice.distances) == set(plans)
+    assert choice.choices == hosts and choice.price == ("additive, fewer merges" if better else "additive")
+    assert set(choice.distances) == {"additive", "additive, fewer merges"}
 
 
 # Settings
