@@ -23,7 +23,7 @@ from .common import against, packed_photos, split, vit_tiny, write
 from .levers import calibrated, restricted
 
 COMMAND = "python -m benchmarks.photos --weights vit_tiny_patch16_224.safetensors --photos imagenet_photos650.npz"
-SOURCES = ("these photos", "shipped photos of clothes")
+SOURCES = ("these photos", "shipped photos")
 
 
 def main() -> None:

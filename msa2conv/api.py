@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .adapters.base import Adapter
 from .adapters.build import preprocessing
 from .conversion import Conversion, Run, make_report, versions
-from .data import EMBEDDED, embedded_photos, load_images
+from .data import SHIPPED, load_images, shipped_views
 from .errors import InvalidArgument, InvalidTarget
 from .gate_training import Loss, convert_by_gates
 from .inspection import Inspection, Levers, inspect, inspect_copy
@@ -113,9 +113,9 @@ def _images(original: nn.Module, data: Any, limit: int, size: tuple[int, ...], s
         pictures = load_images(data, limit, size, seed)
         return pictures, f"{len(pictures)} of the images given"
     known = preprocessing(original)
-    pictures = embedded_photos(size, known or Preprocessing())[:limit]
+    pictures = shipped_views(size, known or Preprocessing(), limit)
     note = "as the model's pretrained_cfg says" if known else "with ImageNet statistics, since it has no pretrained_cfg"
-    return load_images(pictures, limit, size), f"{len(pictures)} {EMBEDDED}, normalised {note}"
+    return load_images(pictures, limit, size), f"{limit} {SHIPPED}, normalised {note}"
 
 
 @own_randomness()

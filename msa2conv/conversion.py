@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .data import EMBEDDED
+from .data import SHIPPED
 from .errors import ArchitectureMismatch, InvalidCheckpoint
 from .files import MODEL_FILE, write_json, write_text
 from .hub import is_transformers, write_config
@@ -311,7 +311,7 @@ def _hints(plan: Plan, calibration: Calibration, found: float, latency: Latency)
             f"{many} at a time, the hybrid takes {latency.ratio:.2f} of the original's time here at {kept:.2f} of its "
             "FLOPs; where time counts, ask for time: latency_target=0.7"
         )
-    if EMBEDDED in calibration.source:
+    if SHIPPED in calibration.source:
         hints.append(
             "calibrated on the shipped photos: pass data=your images (64 to 256, no labels) for a better hybrid"
         )

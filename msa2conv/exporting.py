@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .adapters.build import preprocessing
 from .conversion import Conversion
-from .data import embedded_photos
+from .data import shipped_views
 from .errors import ExportFailed, InvalidArgument, MissingDependency
 from .files import atomic_write, check_writable
 from .laws import surest
@@ -178,7 +178,7 @@ def _prepared(
         known = preprocessing(plain) or Preprocessing()
         photos = size[0] == 3
         generator = torch.Generator().manual_seed(0)
-        images = embedded_photos(size, known) if photos else torch.randn(_CHECKED, *size, generator=generator)
+        images = shipped_views(size, known, 32) if photos else torch.randn(_CHECKED, *size, generator=generator)
     return plain, surest(plain, images[:32].float().cpu(), _CHECKED)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .conversion import Conversion
 from .cost import flops_by_module
-from .data import embedded_photos
+from .data import shipped_views
 from .errors import InvalidArgument, LawViolation
 from .laws import surest
 from .plan import Edit, Plan, Preprocessing, Replace, parameter_count
@@ -126,7 +126,7 @@ def _check(before: nn.Module, after: nn.Module, plan: Plan, images: Tensor | Non
     if images is None:
         size = plan.base.input_size
         generator = torch.Generator().manual_seed(0)
-        photos = embedded_photos(size, plan.base.preprocessing or Preprocessing()) if size[0] == 3 else None
+        photos = shipped_views(size, plan.base.preprocessing or Preprocessing(), 32) if size[0] == 3 else None
         images = torch.randn(_CHECKED, *size, generator=generator) if photos is None else photos
     images = surest(one, images[:32].to(next(one.parameters())), _CHECKED)
     eps = torch.finfo(images.dtype).eps

@@ -191,9 +191,9 @@ def test_an_endless_stream_is_read_only_as_far_as_needed() -> None:
 
 def test_without_data_the_shipped_photos_are_used() -> None:
     report = convert(vit(), 0.7).report
-    plain = "224 CC0 photos of clothing shipped with msa2conv, normalised "
+    plain = "256 views of photos shipped with msa2conv, normalised "
     assert report.calibration == plain + "with ImageNet statistics, since it has no pretrained_cfg"
-    assert report.images == {"fit": 168, "held out": 56}
+    assert report.images == {"fit": 192, "held out": 64}
     assert any("pass data=your images" in warning for warning in report.warnings) and plain in str(report)
 
 
@@ -202,7 +202,7 @@ def test_the_shipped_photos_are_normalised_as_the_model_says() -> None:
 
     model = timm.create_model("test_vit", img_size=32)
     calibration = calibrate(model, levers="mixer", images=16)
-    note = "16 CC0 photos of clothing shipped with msa2conv, normalised as the model's pretrained_cfg says"
+    note = "16 views of photos shipped with msa2conv, normalised as the model's pretrained_cfg says"
     assert calibration.source == note
     assert model.pretrained_cfg["mean"] == (0.5, 0.5, 0.5) and calibration.images.abs().max() <= 1
     assert calibration.images.shape == (4, 3, 32, 32)

@@ -187,7 +187,7 @@ def forbid(*args: Any, **kwargs: Any) -> None:
 def test_budget_below_the_floor_is_refused_before_any_work(
     refused: Refused, monkeypatch: pytest.MonkeyPatch, levers: Any
 ) -> None:
-    for name in ("calibrate_sites", "embedded_photos", "load_images"):
+    for name in ("calibrate_sites", "shipped_views", "load_images"):
         users = [module for path, module in sys.modules.items() if path.startswith("msa2conv") and name in vars(module)]
         assert len(users) >= 2
         for module in users:

@@ -119,7 +119,7 @@ def test_dense_example(monkeypatch: pytest.MonkeyPatch) -> None:
     """The grid of tokens is kept, and most places keep their label."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples" / "dense"))
     example = importlib.import_module("label_map")
-    model, images = example.trained(), example.photos()[::8]
+    model, images = example.trained(), example.photos(0)[::8]
     result = msa2conv.convert(
         model,
         0.95,

@@ -1,7 +1,8 @@
 """Make the clothing example: a fine-tuned ViT-Ti/16, its test photos, and the package's calibration photos.
 
-    python make.py --weights vit_tiny_patch16_224.safetensors --photos clothing10.npz
+    python make.py --weights vit_tiny_patch16_224.safetensors --photos clothing10.npz --scenes FOLDER
 
+``FOLDER`` has the photos of other things that calibrate, by the names in ``msa2conv/data/README.md``.
 ``clothing10.npz`` packs the JPEG files of three splits: image ``i`` of ``train`` is the bytes
 ``train_jpeg[train_offsets[i]:train_offsets[i + 1]]``, and likewise for ``validation`` and ``test``.
 """
@@ -27,7 +28,8 @@ from torchvision.transforms import InterpolationMode
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 MEAN = STD = (0.5, 0.5, 0.5)  # what the augreg ViT weights were trained with, not the ImageNet statistics
-CALIBRATION_PHOTOS = 224  # a few megabytes in the wheel, and still 22 or 23 photos of each class
+CALIBRATION_PHOTOS = 70  # of clothing: 7 of each class
+SCENE_SIDE = 448  # of the other photos, of which parts are seen
 
 to_input = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
 train_transform = transforms.Compose(
@@ -146,7 +148,7 @@ def write_test_photos(args: argparse.Namespace, archive: NpzFile) -> None:
 
 
 def write_calibration_photos(args: argparse.Namespace, archive: NpzFile) -> None:
-    """A draw of the train split, the classes taking turns, so that its first n photos are balanced too."""
+    """A draw of the train split, the classes taking turns, so that its first n photos are balanced too; then scenes."""
     train = Photos(archive, "train", eval_transform)
     order = np.random.default_rng(args.seed).permutation(len(train.labels))
     turn = np.empty_like(order)  # turn[j]: how many photos of the same class come before order[j]
@@ -154,11 +156,20 @@ def write_calibration_photos(args: argparse.Namespace, archive: NpzFile) -> None
         same = train.labels[order] == label
         turn[same] = np.arange(same.sum())
     chosen = order[np.lexsort((train.labels[order], turn))][:CALIBRATION_PHOTOS]
-    jpegs = [train.jpegs[i] for i in chosen]
+    scenes = [smaller(path) for path in sorted(args.scenes.iterdir())]
+    jpegs = [*(train.jpegs[i] for i in chosen), *scenes]
     offsets = np.cumsum([0, *map(len, jpegs)], dtype=np.int64)
     args.package_data.mkdir(parents=True, exist_ok=True)
     jpeg = np.frombuffer(b"".join(jpegs), np.uint8)
-    np.savez(args.package_data / "photos.npz", jpeg=jpeg, offsets=offsets, labels=train.labels[chosen])
+    np.savez(args.package_data / "photos.npz", jpeg=jpeg, offsets=offsets, scenes=np.int64(len(scenes)))
+
+
+def smaller(path: Path) -> bytes:
+    image, file = Image.open(path).convert("RGB"), io.BytesIO()
+    scale = min(1.0, SCENE_SIDE / min(image.size))
+    size = (round(scale * image.width), round(scale * image.height))
+    image.resize(size, Image.Resampling.LANCZOS).save(file, "JPEG", quality=85, optimize=True)
+    return file.getvalue()
 
 
 def main() -> None:
@@ -166,6 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=Path, help=f"ImageNet {ARCHITECTURE}, timm key names, safetensors")
     parser.add_argument("--photos", type=Path, required=True, help="clothing10.npz")
+    parser.add_argument("--scenes", type=Path, help="folder of other photos for calibration")
     parser.add_argument("--out", type=Path, default=here)
     parser.add_argument("--package-data", type=Path, default=here.parents[1] / "msa2conv" / "data")
     parser.add_argument("--epochs", type=int, default=4)
@@ -175,6 +187,8 @@ def main() -> None:
     args = parser.parse_args()
     if not args.skip_training and args.weights is None:
         parser.error("training needs --weights")
+    if not args.skip_calibration_photos and args.scenes is None:
+        parser.error("calibration photos need --scenes")
 
     args.out.mkdir(parents=True, exist_ok=True)
     with np.load(args.photos, allow_pickle=False) as archive:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator
-from importlib import resources
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import InvalidCalibrationData, NonFiniteValue
 from ..plan import Preprocessing
+from .prepare import transform
+from .shipped import SHIPPED, shipped_views
 from .sources import images_at
 
 FEWEST, COMFORTABLE = 8, 64
-EMBEDDED = "CC0 photos of clothing shipped with msa2conv"
 
 
 def load_images(data: Any, limit: int, size: tuple[int, ...], seed: int = 0) -> Tensor:
@@ -97,39 +94,9 @@ def _batches(data: Any, limit: int, seed: int) -> Iterator[Any]:
         )
 
 
-def transform(size: tuple[int, ...], preprocessing: Preprocessing) -> Any:
-    """Resize the short side to size / crop_pct, crop the centre, normalise: timm's evaluation transform."""
-    from torchvision import transforms
-
-    modes = {"bilinear": "BILINEAR", "lanczos": "LANCZOS", "nearest": "NEAREST"}
-    mode = transforms.InterpolationMode[modes.get(preprocessing.interpolation, "BICUBIC")]
-    height, width = size[-2:]
-    return transforms.Compose(
-        [
-            transforms.Resize(int(np.floor(max(height, width) / preprocessing.crop_pct)), interpolation=mode),
-            transforms.CenterCrop((height, width)),
-            transforms.ToTensor(),
-            transforms.Normalize(preprocessing.mean, preprocessing.std),
-        ]
-    )
-
-
-def embedded_photos(size: tuple[int, ...], preprocessing: Preprocessing) -> Tensor:
-    """The shipped photos, prepared for a model: [224, C, H, W]."""
-    from PIL import Image
-
-    if size[0] != 3:
-        raise InvalidCalibrationData(
-            "data", f"None, for a model of {size[0]} channels", "RGB for the shipped photos", "Pass data=your images."
-        )
-    prepare = transform(size, preprocessing)
-    with resources.files(__package__).joinpath("photos.npz").open("rb") as file:
-        packed = np.load(io.BytesIO(file.read()), allow_pickle=False)
-        jpeg, offsets = packed["jpeg"].tobytes(), packed["offsets"].tolist()
-    images = (Image.open(io.BytesIO(jpeg[start:stop])).convert("RGB") for start, stop in pairwise(offsets))
-    return torch.stack([prepare(image) for image in images])
-
-
 def image_folder(root: str | Path, size: tuple[int, ...], preprocessing: Preprocessing) -> Any:
     """Labelled images by a path, as `images_at` reads them, with the model's own transform for evaluation."""
     return images_at(root, transform(size, preprocessing), "val")
+
+
+__all__ = ["SHIPPED", "image_folder", "load_images", "shipped_views", "transform"]
