@@ -115,7 +115,7 @@ def _images(original: nn.Module, data: Any, limit: int, size: tuple[int, ...], s
     known = preprocessing(original)
     pictures = shipped_views(size, known or Preprocessing(), limit)
     note = "as the model's pretrained_cfg says" if known else "with ImageNet statistics, since it has no pretrained_cfg"
-    return load_images(pictures, limit, size), f"{limit} {SHIPPED}, normalised {note}"
+    return load_images(pictures, limit, size), f"{len(pictures)} {SHIPPED}, normalised {note}"
 
 
 @own_randomness()

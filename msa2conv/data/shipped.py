@@ -23,7 +23,7 @@ _AREA = (0.1, 1.0)  # of a photo, in a crop
 
 
 def shipped_views(size: tuple[int, ...], preprocessing: Preprocessing, count: int) -> Tensor:
-    """Views of the shipped photos, prepared for a model: [count, C, H, W], always the same ones.
+    """Views of the shipped photos, prepared for a model: [n, C, H, W], always the same ones.
 
     A quarter are photos of clothing as they are, three eighths crops of a dozen photos of other things (faces, animals,
     textures, the sky, ...), three eighths mosaics of four crops. What is fitted is at home where it was fitted, so
@@ -32,7 +32,7 @@ def shipped_views(size: tuple[int, ...], preprocessing: Preprocessing, count: in
     Args:
         size: (C, H, W).
         preprocessing: the model's.
-        count: how many.
+        count: how many; n is less where this is more than what shows every photo of clothing once (280).
 
     Raises:
         InvalidCalibrationData: the model does not take three channels.
@@ -42,10 +42,11 @@ def shipped_views(size: tuple[int, ...], preprocessing: Preprocessing, count: in
             "data", f"None, for a model of {size[0]} channels", "RGB for the shipped photos", "Pass data=your images."
         )
     clothes, scenes = _photos()
-    dressed, elsewhere = cycle(clothes), cycle(scenes)
+    dressed, elsewhere = iter(clothes), cycle(scenes)
     as_it_is, to_tensor, (height, width) = transform(size, preprocessing), normalise(preprocessing), size[-2:]
     views = []
-    for index, kind in zip(range(count), cycle(_PERIOD), strict=False):
+    most = len(clothes) * len(_PERIOD) // _PERIOD.count("whole")
+    for index, kind in zip(range(min(count, most)), cycle(_PERIOD), strict=False):
         draw = random.Random(index)
         if kind == "whole":
             views.append(as_it_is(next(dressed)))

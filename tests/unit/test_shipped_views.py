@@ -25,6 +25,10 @@ def test_they_are_always_the_same_and_all_different() -> None:
     assert views.min() >= -1 and views.max() <= 1 and 0.2 < views.std() < 0.8
 
 
+def test_no_photo_is_there_twice() -> None:
+    assert len({view.numpy().tobytes() for view in shipped_views((3, 16, 16), HALF, 1000)}) == 280
+
+
 @pytest.mark.parametrize("size", [(3, 33, 48), (3, 48, 31)])
 def test_of_any_shape(size: tuple[int, int, int]) -> None:
     assert shipped_views(size, HALF, 8).shape == (8, *size)
