@@ -133,7 +133,8 @@ def row(
         try:
             files["hybrid"] = exported(fast, stem.with_name(f"{stem.name}.onnx"))
             calls = {name: session(file, example) for name, file in files.items()}
-        except ExportFailed:  # tokens of random weights are so much alike that rounding decides which of them merge
+        except ExportFailed as error:  # tokens of random weights are so much alike that rounding decides who merges
+            print(error, flush=True)
             found[SECOND[args.device][0]] = "refused"
     elif args.compiled is None or levers in args.compiled:
         torch.compiler.reset()  # PyTorch keeps few compiled versions of a forward, and every network brings its own

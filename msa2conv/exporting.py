@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from .adapters.build import preprocessing
 from .conversion import Conversion
-from .data import shipped_views
+from .data import views_or_noise
 from .errors import ExportFailed, InvalidArgument, MissingDependency
 from .files import atomic_write, check_writable
 from .laws import surest
-from .plan import Preprocessing
 from .search.measure import tensors_of
 from .workbench import example_input, own_randomness, unwrap
 
@@ -175,10 +174,7 @@ def _prepared(
     plain = plain.float().cpu().eval().requires_grad_(False)
     if images is None:
         size = tuple(example_input(plain, example_inputs).shape[1:])
-        known = preprocessing(plain) or Preprocessing()
-        photos = size[0] == 3
-        generator = torch.Generator().manual_seed(0)
-        images = shipped_views(size, known, 32) if photos else torch.randn(_CHECKED, *size, generator=generator)
+        images = views_or_noise(size, preprocessing(plain))
     return plain, surest(plain, images[:32].float().cpu(), _CHECKED)
 
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from .conversion import Conversion
 from .cost import flops_by_module
-from .data import shipped_views
+from .data import views_or_noise
 from .errors import InvalidArgument, LawViolation
 from .laws import surest
-from .plan import Edit, Plan, Preprocessing, Replace, parameter_count
+from .plan import Edit, Plan, Replace, parameter_count
 from .search.measure import tensors_of
 from .transforms import fold_norm, fuse_qkv, merge_linear, tokenwise, unwindow
 from .workbench import own_randomness, unwrap
@@ -124,10 +124,7 @@ def _changed(before: tuple[Edit, ...], after: tuple[Edit, ...]) -> list[Replace]
 def _check(before: nn.Module, after: nn.Module, plan: Plan, images: Tensor | None) -> None:
     one, other = (copy.deepcopy(model).eval() for model in (before, after))
     if images is None:
-        size = plan.base.input_size
-        generator = torch.Generator().manual_seed(0)
-        photos = shipped_views(size, plan.base.preprocessing or Preprocessing(), 32) if size[0] == 3 else None
-        images = torch.randn(_CHECKED, *size, generator=generator) if photos is None else photos
+        images = views_or_noise(plan.base.input_size, plan.base.preprocessing)
     images = surest(one, images[:32].to(next(one.parameters())), _CHECKED)
     eps = torch.finfo(images.dtype).eps
     for found, expected in zip(tensors_of(other(images)), tensors_of(one(images)), strict=True):

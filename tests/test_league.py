@@ -28,7 +28,7 @@ import msa2conv
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.harness import checking, documents, measuring, plots, rules, runner
+from benchmarks.harness import checking, documents, measuring, plots, rules, runner, tables
 from benchmarks.harness.cli import main
 from benchmarks.harness.config import DENSE, Experiment, find_experiments, read_experiment
 from benchmarks.harness.data import Arrays, Data
@@ -109,6 +109,19 @@ def test_torch_pruning_of_nothing_is_the_parent(variant: TorchPruning, stage: ru
     gradients = _gradients(stage.parent, *stage.data.train.sample(8))
     same = variant.pruned(stage.parent, stage.example, 0.0, 0.0, gradients)
     torch.testing.assert_close(same(images), stage.parent(images))
+
+
+def test_torch_pruning_reaches_budgets_that_its_largest_ratio_misses(stage: runner.Stage) -> None:
+    """A ratio that would take a head's last dimension leaves the whole attention."""
+    variant = TorchPruning("t", "magnitude", inner=True)
+
+    def flops(ratio: float) -> int:
+        return msa2conv.count_flops(variant.pruned(stage.parent, stage.example, ratio, ratio, {}), stage.example)
+
+    assert flops(0.9) < flops(0.95)
+    budget = round(1.1 * flops(0.9))
+    model = variant.shrink(stage.parent, budget, context_of(stage))
+    assert msa2conv.count_flops(model, stage.example) <= budget
 
 
 def test_torch_pruned_parts_compute_what_the_parent_computes_without_them(stage: runner.Stage) -> None:
@@ -448,6 +461,36 @@ def test_a_row_far_below_the_others_does_not_press_them_together() -> None:
         assert axis.get_ylim()[0] > 80 and axis.get_ylim()[0] < 84.5
 
 
+def test_a_league_ranks_who_ran_everything_and_marks_what_noise_may_have_put_second() -> None:
+    tops = {
+        ("dense", 1.0): [90.0],
+        ("ours", 0.7): [86.0, 86.4], ("ours", 0.5): [85.0, 85.2],
+        ("rival", 0.7): [86.1, 86.9], ("rival", 0.5): [80.0, 80.6],
+        ("easy", 0.7): [86.9],
+        ("loses", 0.7): [85.0], ("loses", 0.5): [84.0],
+    }  # fmt: skip
+    results: Any = [
+        SimpleNamespace(
+            name=SimpleNamespace(experiment="micro", budget=budget, method=method, seed=seed),
+            keeps_grid=method != "loses",
+            final=SimpleNamespace(top1=top1),
+            before=SimpleNamespace(top1=top1 - 50),
+        )
+        for (method, budget), values in tops.items()
+        for seed, top1 in enumerate(values)
+    ]
+    assert tables.league(results, grid_only=False).splitlines() == [
+        "|  | method | micro 70% | micro 50% | mean |",
+        "| --- | --- | --- | --- | --- |",
+        "| 1 | ours | 86.2 ± 0.3 | **85.1 ± 0.1** | 85.7 |",
+        "| 2 | loses | 85.0 | 84.0 | 84.5 |",
+        "| 3 | rival | **86.5 ± 0.6** | 80.3 ± 0.4 | 83.4 |",
+        "|  | easy | **86.9** | – |  |",
+    ]
+    assert "loses" not in tables.league(results, grid_only=True)
+    assert "| 1 | ours | 36.2 ± 0.3 | **35.1 ± 0.1** | 35.7 |" in tables.league(results, False, trained=False)
+
+
 def point_to(folder: Path, patch: pytest.MonkeyPatch) -> None:
     docs = folder / "docs"
     for module in (documents, checking):
@@ -522,8 +565,8 @@ def test_a_part_of_a_matrix() -> None:
     experiment = read_experiment("small", "deit_fashion")
     runs = list(experiment.runs("small", "deit_fashion", ["dense", "ours"], [0.5, 1.0], [1]))
     assert [run.stem for run in runs] == ["dense-1-s1", "ours-0.5-s1"]
-    with pytest.raises(msa2conv.errors.InvalidArgument, match=r"--budgets: found 0\.3; expected of small/deit_fashion"):
-        list(experiment.runs("small", "deit_fashion", budgets=[0.3]))
+    with pytest.raises(msa2conv.errors.InvalidArgument, match=r"--budgets: found 0\.2; expected of small/deit_fashion"):
+        list(experiment.runs("small", "deit_fashion", budgets=[0.2]))
 
 
 def test_errors_say_what_to_do(tmp_path: Path) -> None:

@@ -23,6 +23,17 @@ pass, in turn with the parent's) as shares of the parent's. `dense` is the paren
 methods and how to repeat a row: [README](README.md).
 """
 
+LEAGUES = (
+    ("All methods", False, True),
+    ("Methods that keep the grid of tokens", True, True),
+    ("All methods, before any training", False, False),
+    ("Methods that keep the grid of tokens, before any training", True, False),
+)
+LEGEND = (
+    "Bold: the best of a column, and what is apart from it by no more than the standard deviations of both. –: the "
+    "method does not reach that budget, does not apply, or was not run."
+)
+
 
 def tiers(results: Path = RESULTS) -> list[str]:
     """Those that have results, in the order of their experiments."""
@@ -37,8 +48,10 @@ def tier_document(tier: str, results: Sequence[Result], failures: Sequence[Failu
         config = read_experiment(tier, name)
         parent = next(result.parent.top1 for result in results if result.name.experiment == name)
         lines.append(f"- **{name}**: {config.about} {_training(config)} {_noise(config, parent)}".rstrip())
-    lines += ["", "## All methods", "", league(results, grid_only=False)]
-    lines += ["", "## Methods that keep the grid of tokens", "", league(results, grid_only=True), "", "## Plots", ""]
+    trained = any(result.after for result in results)
+    for title, grid_only, after in LEAGUES if trained else LEAGUES[2:]:
+        lines += ["", f"## {title}", "", league(results, grid_only, after)]
+    lines += ["", LEGEND, "", "## Plots", ""]
     for name in experiments:
         lines += [f"![{what} of {name}]({picture(tier, name, what).name})" for what in PICTURES]
     lines += ["", "## Every row", "", experiment_tables(results, failures), "", "## Plans", "", *_plans(results)]
@@ -99,7 +112,7 @@ def filled(text: str, results: Path = RESULTS) -> str:
             return f"{match[1]}Nothing has been run yet.\n{match[3]}"
         seeds = len({result.name.seed for result in found})
         note = (
-            f"Top-1 after fine-tuning, {len(found)} runs, {seeds} seed{'s' if seeds > 1 else ''}; more in "
+            f"Top-1 after fine-tuning, {len(found)} runs, {seeds} seed{'s' if seeds > 1 else ''}. {LEGEND} More in "
             f"[docs/benchmarks](docs/benchmarks/{match[2]}.md)."
         )
         return f"{match[1]}{league(found, grid_only=False)}\n\n{note}\n{match[3]}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -104,34 +103,47 @@ def experiment_tables(results: Sequence[Result], failures: Sequence[Failure]) ->
         here = [row for row in rows if (row.experiment, row.budget) == (experiment, budget)]
         lines = [cells(row) for row in [*([dense[experiment]] if experiment in dense else []), *here]]
         parts += [f"### {experiment}, {budget:.0%} of the FLOPs", "", markdown(COLUMNS, lines), ""]
-        refused = [f for f in failures if (f.name.experiment, f.name.budget) == (experiment, budget)]
-        parts += [f"- {f.name.method}, seed {f.name.seed}: {f.error}" for f in refused]
-        parts += [""] if refused else []
+        seeds: dict[tuple[str, str], list[str]] = defaultdict(list)
+        for failure in failures:
+            if (failure.name.experiment, failure.name.budget) == (experiment, budget):
+                seeds[failure.name.method, failure.error].append(str(failure.name.seed))
+        parts += [f"- {method}, seed {', '.join(which)}: {error}" for (method, error), which in seeds.items()]
+        parts += [""] if seeds else []
     return "\n".join(parts).strip()
 
 
-def league(results: Sequence[Result], grid_only: bool) -> str:
-    """Methods by their mean over all experiments and budgets; those that have no result somewhere are named below.
+def league(results: Sequence[Result], grid_only: bool, trained: bool = True) -> str:
+    """Methods by their mean top-1 over all experiments and budgets; behind them those that lack a result somewhere.
+
+    Bold is the best of a column, and whatever is not outside of its error bars: apart by no more than the standard
+    deviations of both over their seeds.
 
     Args:
         results: of a tier.
         grid_only: of the methods that keep the grid of tokens.
+        trained: after fine-tuning; before any otherwise.
     """
     rows = [row for row in rows_of(results) if row.method != DENSE and (row.keeps_grid or not grid_only)]
     cases = list(dict.fromkeys((row.experiment, row.budget) for row in rows))
-    found = {(row.experiment, row.budget, row.method): row for row in rows}
-    whole = [m for m in dict.fromkeys(row.method for row in rows) if all((*case, m) in found for case in cases)]
-    columns = ["", "method", *(f"{experiment} {budget:.0%}" for experiment, budget in cases), "mean"]
-    means = {m: mean(found[(*case, m)].final.mean for case in cases) for m in whole}
-    best = {case: max((found[(*case, m)].final.mean for m in whole), default=math.nan) for case in cases}
+    found: dict[str, dict[tuple[str, float], Figure]] = defaultdict(dict)
+    for row in rows:
+        found[row.method][row.experiment, row.budget] = row.final if trained else row.before
+    best = {case: max((of[case] for of in found.values() if case in of), key=lambda f: f.mean) for case in cases}
+    # What lacks a column would be ranked by easier ones than the others.
+    means = {method: mean(figure.mean for figure in of.values()) for method, of in found.items()}
+    ranked = sorted(found, key=lambda method: (len(found[method]) < len(cases), -means[method]))
     lines = []
-    for place, method in enumerate(sorted(whole, key=lambda m: -means[m]), 1):
-        figures = []
-        for case in cases:
-            figure = found[(*case, method)].final
-            text = figure.text(1)
-            figures.append(f"**{text}**" if figure.mean == best[case] else text)
-        lines.append([str(place), method, *figures, f"{means[method]:.1f}"])
-    missing = [method for method in dict.fromkeys(row.method for row in rows) if method not in whole]
-    note = f"\n\nNot ranked, since they have no result in some column: {', '.join(missing)}." if missing else ""
-    return markdown(columns, lines) + note
+    for place, method in enumerate(ranked, 1):
+        figures = [found[method].get(case) for case in cases]
+        shown = [_shown(figure, best[case]) for figure, case in zip(figures, cases, strict=True)]
+        whole = None not in figures
+        lines.append([str(place) if whole else "", method, *shown, f"{means[method]:.1f}" if whole else ""])
+    columns = ["", "method", *(f"{experiment} {budget:.0%}" for experiment, budget in cases), "mean"]
+    return markdown(columns, lines)
+
+
+def _shown(figure: Figure | None, best: Figure) -> str:
+    if figure is None:
+        return "–"
+    bars = (figure.deviation or 0) + (best.deviation or 0)
+    return f"**{figure.text(1)}**" if figure.mean + bars >= best.mean else figure.text(1)

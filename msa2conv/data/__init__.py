@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import InvalidCalibrationData, NonFiniteValue
 from ..plan import Preprocessing
 from .prepare import transform
-from .shipped import SHIPPED, shipped_views
+from .shipped import SHIPPED, shipped_views, views_or_noise
 from .sources import images_at
 
 FEWEST, COMFORTABLE = 8, 64
@@ -99,4 +99,4 @@ def image_folder(root: str | Path, size: tuple[int, ...], preprocessing: Preproc
     return images_at(root, transform(size, preprocessing), "val")
 
 
-__all__ = ["SHIPPED", "image_folder", "load_images", "shipped_views", "transform"]
+__all__ = ["SHIPPED", "image_folder", "load_images", "shipped_views", "transform", "views_or_noise"]

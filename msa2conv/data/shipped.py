@@ -57,6 +57,19 @@ def shipped_views(size: tuple[int, ...], preprocessing: Preprocessing, count: in
     return torch.stack(views)
 
 
+def views_or_noise(size: tuple[int, ...], preprocessing: Preprocessing | None, count: int = 32) -> Tensor:
+    """Images to compare two networks on: shipped views, or noise where three channels are not what they take.
+
+    Args:
+        size: (C, H, W).
+        preprocessing: the networks', if it is known.
+        count: how many.
+    """
+    if size[0] == 3:
+        return shipped_views(size, preprocessing or Preprocessing(), count)
+    return torch.randn(count, *size, generator=torch.Generator().manual_seed(0))
+
+
 def _photos() -> tuple[list[Any], list[Any]]:
     """(photos of clothing, photos of other things), as PIL images."""
     from PIL import Image
