@@ -258,14 +258,14 @@ class CostModel:
     def measure(
         cls, model: nn.Module, seen: Observation, sites: Iterable[Site], stream: StreamSite | None = None
     ) -> CostModel:
-        """Count the model as it is, and with every FFN one unit narrower for the price of a hidden unit."""
+        """Count the model as it is, and with every FFN one unit narrower and one head fewer, for the price of each."""
         sites = tuple(sites)
         counts = _counted(lift(model, sites).model, seen.inputs)
-        ffns = [site for site in sites if isinstance(site, FFNSite)]
-        units = _difference(model, seen, sites, counts, {s.path: s.edits(range(s.hidden - 1)) for s in ffns})
+        fewer_units = {s.path: s.edits(range(s.hidden - 1)) for s in sites if isinstance(s, FFNSite)}
         able = {site.path: site.head_units for site in sites if isinstance(site, AttentionSite) and site.head_units}
-        fewer = {path: each.edits(path, range(each.heads - 1)) for path, each in able.items()}
-        heads = _difference(model, seen, sites, counts, fewer)
+        fewer_heads = {path: each.edits(path, range(each.heads - 1)) for path, each in able.items()}
+        saved = _difference(model, seen, sites, counts, {**fewer_units, **fewer_heads})
+        units, heads = ({path: saved[path] for path in edits} for edits in (fewer_units, fewer_heads))
         shapes = {}
         for site in sites:
             call = seen.once(site.path)
