@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ..errors import NonFiniteValue
 from ..progress import track
-from ..search.measure import Measure, OutputFn, distance, distances, outputs, tensor_of
+from ..search.measure import Measure, OutputFn, distances, outputs, tensor_of
 
 BATCH = 32
+_BEYOND_CHANCE = 1.645  # standard errors: one-sided, 5 %
 
 
 @torch.enable_grad()
@@ -39,7 +40,9 @@ def distill(
         hybrid, original: float32 modules on one device; neither is touched. Both run in eval mode (no dropout).
         images: [n, C, H, W], as the model expects them.
         steps: optimiser steps of `min(32, n)` images.
-        held_out: images to judge by: every tenth of the steps, and the best state (the start included) is returned.
+        held_out: images to judge by: where the polished network is farther from the original on them than before, by
+            more than chance explains, the unpolished copy is returned. (States on the way are not compared: of many,
+            the one that is closest on few images is so by chance.)
         lr: peak learning rate.
         measure: which loss.
         seed: for sampling and augmentation.
@@ -68,7 +71,6 @@ def distill(
         ],
         [warm_up],
     )
-    best = _Best(student, teacher, held_out, measure, output_fn)
     try:
         for step in track(range(steps), "distill", progress):
             chosen = torch.randint(len(images), (min(BATCH, len(images)),), generator=generator)
@@ -88,44 +90,29 @@ def distill(
             nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            if (step + 1) % max(1, steps // 10) == 0 or step + 1 == steps:
-                best.update(student)
     except KeyboardInterrupt:
-        best.update(student)
-    best.restore(student)
+        pass  # what has been learned so far is judged below
+    if held_out is not None and _farther(hybrid, student, teacher, held_out, measure, output_fn):
+        student.load_state_dict(hybrid.state_dict())
     for parameter, flag in zip(student.parameters(), flags, strict=True):
         parameter.requires_grad_(flag)
         parameter.grad = None
     return student
 
 
-class _Best:
-    """Remembers the state that is closest to the teacher on held-out images; without any, the last one."""
-
-    def __init__(
-        self,
-        student: nn.Module,
-        teacher: nn.Module,
-        held_out: Tensor | None,
-        measure: Measure,
-        output_fn: OutputFn | None,
-    ) -> None:
-        self.held_out, self.measure, self.output_fn = held_out, measure, output_fn
-        self.reference = None if held_out is None else outputs(teacher, held_out, output_fn=output_fn)
-        self.distance, self.state = float("inf"), dict[str, Tensor]()
-        self.update(student)
-
-    def update(self, student: nn.Module) -> None:
-        if self.held_out is None or self.reference is None:
-            return
-        found = distance(self.reference, outputs(student, self.held_out, output_fn=self.output_fn), self.measure)
-        if found < self.distance:
-            self.distance = found
-            self.state = {name: value.detach().clone() for name, value in student.state_dict().items()}
-
-    def restore(self, student: nn.Module) -> None:
-        if self.state:
-            student.load_state_dict(self.state)
+def _farther(
+    before: nn.Module,
+    after: nn.Module,
+    teacher: nn.Module,
+    images: Tensor,
+    measure: Measure,
+    output_fn: OutputFn | None,
+) -> bool:
+    """Whether a network is farther from the teacher than it was, beyond chance."""
+    reference, *found = (outputs(model, images, output_fn=output_fn) for model in (teacher, before, after))
+    was, now = (distances(reference, each, measure).double() for each in found)
+    difference = now - was
+    return bool(difference.mean() > _BEYOND_CHANCE * difference.std(correction=0) / len(difference) ** 0.5)
 
 
 def augment(images_BCHW: Tensor, generator: torch.Generator) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 
 from msa2conv.errors import NonFiniteValue
 from msa2conv.search.measure import Measure, distance
+from msa2conv.train import distill as distillation
 from msa2conv.train.distill import augment, distill
 
 
@@ -51,6 +52,23 @@ def test_the_seed_decides(vit: Case) -> None:
 def test_a_loss_that_explodes_names_the_step(vit: Case) -> None:
     with pytest.raises(NonFiniteValue, match="distillation step 0"):
         distill(skipping(vit), vit.work, vit.images * float("inf"), 3, progress=False)
+
+
+@pytest.mark.parametrize("lr", [2e-3, 10.0], ids=["learns", "breaks"])
+def test_what_takes_it_farther_is_not_kept(vit: Case, lr: float) -> None:
+    hybrid = skipping(vit)
+    polished = distill(hybrid, vit.work, vit.images, 10, held_out=vit.images, lr=lr, progress=False)
+    before, after = (loss(vit, model, "kl") for model in (hybrid, polished))
+    assert after == before if lr == 10.0 else after < 0.9 * before
+
+
+@pytest.mark.parametrize(("now", "kept"), [([0.0, 0.0, 2.5, 2.5], True), ([1.4, 1.4, 1.4, 1.5], False)])
+def test_chance_does_not_undo_it(vit: Case, now: list[float], kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are farther than the 1 of before: one by half a standard error, the other by many."""
+    hybrid, found = skipping(vit), iter([torch.ones(4), torch.tensor(now)])
+    monkeypatch.setattr(distillation, "distances", lambda *_: next(found))
+    polished = distill(hybrid, vit.work, vit.images, 2, held_out=vit.images, progress=False)
+    assert all(map(torch.equal, polished.parameters(), hybrid.parameters())) is not kept
 
 
 def test_convert_polishes_and_reports_it(vit: Case) -> None:
