@@ -57,6 +57,11 @@ def verify(
     return {"lifting": lifted, "lowering": lowered, **check_costs(hybrid, plan, choices, costs, images[:1], target)}
 
 
+def merging(model: nn.Module) -> list[Merged | MergedStream]:
+    """What of a hybrid merges tokens."""
+    return [module for module in model.modules() if isinstance(module, (Merged, MergedStream))]
+
+
 def decision_margins(model: nn.Module, images: Tensor) -> Tensor:
     """How clearly each image's merges are decided: the smallest gap between a score and the next best.
 
@@ -70,7 +75,7 @@ def decision_margins(model: nn.Module, images: Tensor) -> Tensor:
     Returns:
         Gaps of cosines [n].
     """
-    merged = [module for module in model.modules() if isinstance(module, (Merged, MergedStream))]
+    merged = merging(model)
     smallest_N = torch.full((len(images),), torch.inf, device=images.device)
 
     def watch(best_BA: Tensor, scores_BAD: Tensor, going: int) -> None:

@@ -15,6 +15,7 @@ from sampled import sampled
 from torch import Tensor, nn
 
 import msa2conv
+from msa2conv import exporting
 from msa2conv.errors import ExportFailed, InvalidArgument, InvalidOutputPath, MissingDependency
 from msa2conv.merging import Merged
 
@@ -93,6 +94,21 @@ def test_an_opset_that_is_not_known(opset: int, tmp_path: Path) -> None:
     text = str(caught.value)
     assert text.startswith(f"opset: found {opset}; expected 18 to ")
     assert text.endswith(". Leave it out for the one that PyTorch prefers.") and files(tmp_path) == {}
+
+
+@pytest.mark.parametrize(("wrong", "merges"), [(0, True), (2, True), (3, True), (1, False), (8, True)])
+def test_what_a_merge_decided_otherwise_may_be_left_out_and_no_more(wrong: int, merges: bool) -> None:
+    """Two of eight images may differ where tokens merge, and none where none do."""
+    model, inputs = (converted().model if merges else vit()).eval(), images(8)
+    found = answers(model, inputs)
+    found[:wrong] += 1
+    if wrong <= 2 * merges:
+        difference, compared = exporting._difference(model, inputs, [found], "it", demanded=True)
+        assert difference <= 1e-6 and compared == 8 - wrong
+    else:
+        with pytest.raises(ExportFailed, match="found that it answers otherwise by"):
+            exporting._difference(model, inputs, [found], "it", demanded=True)
+    assert exporting._difference(model, inputs, [found], "it", demanded=False)[1] == 8
 
 
 class Strange(nn.Module):
