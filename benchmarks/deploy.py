@@ -133,7 +133,7 @@ def row(
         try:
             files["hybrid"] = exported(fast, stem.with_name(f"{stem.name}.onnx"))
             calls = {name: session(file, example) for name, file in files.items()}
-        except ExportFailed as error:  # tokens of random weights are so much alike that rounding decides who merges
+        except ExportFailed as error:  # of random weights, tokens are so much alike that rounding decides who merges
             print(error, flush=True)
             found[SECOND[args.device][0]] = "refused"
     elif args.compiled is None or levers in args.compiled:
