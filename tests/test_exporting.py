@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -140,8 +139,7 @@ def test_what_pytorch_cannot_export_is_named_and_leaves_no_file(write: str, what
 def test_a_file_that_answers_otherwise_is_not_kept(
     write: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = importlib.import_module("msa2conv.exporting")
-    honest = module.tensors_of
+    honest = exporting.tensors_of
     calls: list[int] = []
 
     def lying(output: Any) -> list[Tensor]:
@@ -149,7 +147,7 @@ def test_a_file_that_answers_otherwise_is_not_kept(
         last = what == "onnxruntime" or len(calls) == 9  # of eight images one by one, then of the model itself
         return [tensor + 1 if last else tensor for tensor in honest(output)]
 
-    monkeypatch.setattr(module, "tensors_of", lying)
+    monkeypatch.setattr(exporting, "tensors_of", lying)
     with pytest.raises(ExportFailed) as caught:
         getattr(msa2conv, write)(vit(), tmp_path / "x")
     text = str(caught.value)

@@ -49,8 +49,9 @@ def tier_document(tier: str, results: Sequence[Result], failures: Sequence[Failu
         parent = next(result.parent.top1 for result in results if result.name.experiment == name)
         lines.append(f"- **{name}**: {config.about} {_training(config)} {_noise(config, parent)}".rstrip())
     trained = any(result.after for result in results)
-    for title, grid_only, after in LEAGUES if trained else LEAGUES[2:]:
-        lines += ["", f"## {title}", "", league(results, grid_only, after)]
+    for title, grid_only, after in LEAGUES:
+        if trained or not after:
+            lines += ["", f"## {title}", "", league(results, grid_only, after)]
     lines += ["", LEGEND, "", "## Plots", ""]
     for name in experiments:
         lines += [f"![{what} of {name}]({picture(tier, name, what).name})" for what in PICTURES]

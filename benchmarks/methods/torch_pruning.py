@@ -56,7 +56,7 @@ class TorchPruning:
 
         model, flops, ratio = _least(pruned, budget)
         if flops < 0.995 * budget:
-            model, flops, ffns = _least(lambda ffns: pruned(ratio, ffns), budget, high=ratio)
+            model, flops, ffns = _least(lambda ffns: pruned(ratio, ffns), budget, most=ratio)
             context.note(ffn_ratio=ffns)
         context.note(ratio=ratio)
         return model
@@ -143,18 +143,19 @@ def _gradients(parent: nn.Module, images: Tensor, labels: Tensor) -> dict[str, T
 
 
 def _least(
-    pruned: Callable[[float], tuple[nn.Module, int]], budget: int, high: float = _MOST
+    pruned: Callable[[float], tuple[nn.Module, int]], budget: int, most: float = _MOST
 ) -> tuple[nn.Module, int, float]:
     """The smallest ratio that keeps the budget, with its model and FLOPs."""
     low = 0.0
     # A ratio that would take a head's last dimension leaves the attention as it is: there less prunes more.
-    for most in (high, *(ratio for ratio in (0.9, 0.85, 0.8) if ratio < high)):
-        best = (*pruned(most), most)
+    tried = []
+    for high in (most, *(ratio for ratio in (0.9, 0.85, 0.8) if ratio < most)):
+        best = (*pruned(high), high)
+        tried.append(best[1])
         if best[1] <= budget:
             break
     else:
-        raise infeasible(budget, best[1])
-    high = most
+        raise infeasible(budget, min(tried))
     for _ in range(12):
         if best[1] >= 0.995 * budget:
             break

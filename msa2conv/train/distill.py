@@ -71,6 +71,9 @@ def distill(
         ],
         [warm_up],
     )
+    if held_out is not None:
+        reference_held_out = outputs(teacher, held_out, output_fn=output_fn)
+        before_N = distances(reference_held_out, outputs(student, held_out, output_fn=output_fn), measure)
     try:
         for step in track(range(steps), "distill", progress):
             chosen = torch.randint(len(images), (min(BATCH, len(images)),), generator=generator)
@@ -92,27 +95,20 @@ def distill(
             schedule.step()
     except KeyboardInterrupt:
         pass  # what has been learned so far is judged below
-    if held_out is not None and _farther(hybrid, student, teacher, held_out, measure, output_fn):
-        student.load_state_dict(hybrid.state_dict())
+    if held_out is not None:
+        after_N = distances(reference_held_out, outputs(student, held_out, output_fn=output_fn), measure)
+        if _farther(before_N.double(), after_N.double()):
+            student.load_state_dict(hybrid.state_dict())
     for parameter, flag in zip(student.parameters(), flags, strict=True):
         parameter.requires_grad_(flag)
         parameter.grad = None
     return student
 
 
-def _farther(
-    before: nn.Module,
-    after: nn.Module,
-    teacher: nn.Module,
-    images: Tensor,
-    measure: Measure,
-    output_fn: OutputFn | None,
-) -> bool:
-    """Whether a network is farther from the teacher than it was, beyond chance."""
-    reference, *found = (outputs(model, images, output_fn=output_fn) for model in (teacher, before, after))
-    was, now = (distances(reference, each, measure).double() for each in found)
-    difference = now - was
-    return bool(difference.mean() > _BEYOND_CHANCE * difference.std(correction=0) / len(difference) ** 0.5)
+def _farther(before_N: Tensor, after_N: Tensor) -> bool:
+    """Whether distances of the same images grew, beyond chance."""
+    growth_N = after_N - before_N
+    return bool(growth_N.mean() > _BEYOND_CHANCE * growth_N.std(correction=0) / len(growth_N) ** 0.5)
 
 
 def augment(images_BCHW: Tensor, generator: torch.Generator) -> Tensor:

@@ -62,6 +62,16 @@ def test_what_takes_it_farther_is_not_kept(vit: Case, lr: float) -> None:
     assert after == before if lr == 10.0 else after < 0.9 * before
 
 
+def test_judging_touches_no_network_that_is_in_training() -> None:
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)).train()
+
+    hybrid, original, images = network(), network(), torch.randn(8, 3, 2, 2)
+    before = tiny.snapshot(hybrid), tiny.snapshot(original)
+    distill(hybrid, original, images, 1, held_out=images, progress=False)
+    assert (tiny.snapshot(hybrid), tiny.snapshot(original)) == before and hybrid.training and original.training
+
+
 @pytest.mark.parametrize(("now", "kept"), [([0.0, 0.0, 2.5, 2.5], True), ([1.4, 1.4, 1.4, 1.5], False)])
 def test_chance_does_not_undo_it(vit: Case, now: list[float], kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both are farther than the 1 of before: one by half a standard error, the other by many."""
