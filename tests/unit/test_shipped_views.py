@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from msa2conv.data import shipped_views, transform
+from msa2conv.data import shipped_views, transform, views_or_noise
 from msa2conv.plan import Preprocessing
 
 HALF = Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=0.9)
@@ -32,6 +32,14 @@ def test_no_photo_is_there_twice() -> None:
 @pytest.mark.parametrize("size", [(3, 33, 48), (3, 48, 31)])
 def test_of_any_shape(size: tuple[int, int, int]) -> None:
     assert shipped_views(size, HALF, 8).shape == (8, *size)
+
+
+def test_where_photos_do_not_fit_two_networks_are_compared_on_noise() -> None:
+    assert torch.equal(views_or_noise((3, 16, 16), HALF, 4), shipped_views((3, 16, 16), HALF, 4))
+    assert torch.equal(views_or_noise((3, 16, 16), None, 4), shipped_views((3, 16, 16), Preprocessing(), 4))
+    noise = views_or_noise((1, 16, 16), HALF, 4)
+    assert noise.shape == (4, 1, 16, 16) and torch.equal(noise, views_or_noise((1, 16, 16), None, 4))
+    assert 0.9 < noise.std() < 1.1
 
 
 def test_they_are_normalised_as_the_model_says() -> None:
