@@ -14,6 +14,7 @@ from ..search.measure import Measure, OutputFn, distances, outputs, tensor_of
 
 BATCH = 32
 _BEYOND_CHANCE = 1.645  # standard errors: one-sided, 5 %
+_FAR = 0.04  # the distance from which on the whole learning rate is used
 
 
 @torch.enable_grad()
@@ -43,7 +44,9 @@ def distill(
         held_out: images to judge by: where the polished network is farther from the original on them than before, by
             more than chance explains, the unpolished copy is returned. (States on the way are not compared: of many,
             the one that is closest on few images is so by chance.)
-        lr: peak learning rate.
+        lr: peak learning rate of a hybrid whose distance is 0.04 or more; of one that is closer, less in proportion to
+            the root of its distance, as its gradients are. (AdamW's own steps do not shrink with the gradient: they
+            would shake what is nearly exact, and leave it farther away.)
         measure: which loss.
         seed: for sampling and augmentation.
         progress: show a bar.
@@ -58,10 +61,14 @@ def distill(
     student, teacher = copy.deepcopy(hybrid).eval(), copy.deepcopy(original).eval()
     device = next(student.parameters()).device
     generator = torch.Generator().manual_seed(seed)
+    judged = images[: 2 * BATCH] if held_out is None else held_out
+    reference_judged = outputs(teacher, judged, output_fn=output_fn)
+    before_N = distances(reference_judged, outputs(student, judged, output_fn=output_fn), measure)
     flags = [parameter.requires_grad for parameter in student.parameters()]
     for parameter in student.parameters():
         parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=lr, weight_decay=0.0)
+    peak = lr * min(1.0, max(0.0, float(before_N.mean())) / _FAR) ** 0.5
+    optimizer = torch.optim.AdamW(student.parameters(), lr=peak, weight_decay=0.0)
     warm_up = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.SequentialLR(
         optimizer,
@@ -71,9 +78,6 @@ def distill(
         ],
         [warm_up],
     )
-    if held_out is not None:
-        reference_held_out = outputs(teacher, held_out, output_fn=output_fn)
-        before_N = distances(reference_held_out, outputs(student, held_out, output_fn=output_fn), measure)
     try:
         for step in track(range(steps), "distill", progress):
             chosen = torch.randint(len(images), (min(BATCH, len(images)),), generator=generator)
@@ -96,7 +100,7 @@ def distill(
     except KeyboardInterrupt:
         pass  # what has been learned so far is judged below
     if held_out is not None:
-        after_N = distances(reference_held_out, outputs(student, held_out, output_fn=output_fn), measure)
+        after_N = distances(reference_judged, outputs(student, judged, output_fn=output_fn), measure)
         if _farther(before_N.double(), after_N.double()):
             student.load_state_dict(hybrid.state_dict())
     for parameter, flag in zip(student.parameters(), flags, strict=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import tiny
 import torch
@@ -60,6 +62,15 @@ def test_what_takes_it_farther_is_not_kept(vit: Case, lr: float) -> None:
     polished = distill(hybrid, vit.work, vit.images, 10, held_out=vit.images, lr=lr, progress=False)
     before, after = (loss(vit, model, "kl") for model in (hybrid, polished))
     assert after == before if lr == 10.0 else after < 0.9 * before
+
+
+def test_what_is_nearly_exact_is_not_shaken(vit: Case) -> None:
+    hybrid = copy.deepcopy(vit.work)
+    with torch.no_grad():
+        for parameter in hybrid.parameters():
+            parameter *= 1 + 1e-3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    polished = distill(hybrid, vit.work, vit.images, 10, lr=2e-3, progress=False)
+    assert 0 < loss(vit, polished, "kl") < 3 * loss(vit, hybrid, "kl")
 
 
 def test_judging_touches_no_network_that_is_in_training() -> None:
