@@ -52,7 +52,7 @@ def tier_document(tier: str, results: Sequence[Result], failures: Sequence[Failu
     for title, grid_only, after in LEAGUES:
         if trained or not after:
             lines += ["", f"## {title}", "", league(results, grid_only, after)]
-    lines += ["", LEGEND, "", "## Plots", ""]
+    lines += ["", "Before training in brackets: KL. " + LEGEND, "", "## Plots", ""]
     for name in experiments:
         lines += [f"![{what} of {name}]({picture(tier, name, what).name})" for what in PICTURES]
     lines += ["", "## Every row", "", experiment_tables(results, failures), "", "## Plans", "", *_plans(results)]
@@ -112,11 +112,13 @@ def filled(text: str, results: Path = RESULTS) -> str:
         if not found:
             return f"{match[1]}Nothing has been run yet.\n{match[3]}"
         seeds = len({result.name.seed for result in found})
+        trained = any(result.after for result in found)
+        what = "Top-1 after fine-tuning" if trained else "Top-1 without any training and, in brackets, the KL"
         note = (
-            f"Top-1 after fine-tuning, {len(found)} runs, {seeds} seed{'s' if seeds > 1 else ''}. {LEGEND} More in "
+            f"{what}, {len(found)} runs, {seeds} seed{'s' if seeds > 1 else ''}. {LEGEND} More in "
             f"[docs/benchmarks](docs/benchmarks/{match[2]}.md)."
         )
-        return f"{match[1]}{league(found, grid_only=False)}\n\n{note}\n{match[3]}"
+        return f"{match[1]}{league(found, False, trained)}\n\n{note}\n{match[3]}"
 
     return _MARKED.sub(fill, text)
 

@@ -116,7 +116,8 @@ def league(results: Sequence[Result], grid_only: bool, trained: bool = True) -> 
     """Methods by their mean top-1 over all experiments and budgets; behind them those that lack a result somewhere.
 
     Bold is the best of a column, and whatever is not outside of its error bars: apart by no more than the standard
-    deviations of both over their seeds.
+    deviations of both over their seeds. Before any training the KL is shown, too, which tells networks apart that a
+    sample's top-1 cannot.
 
     Args:
         results: of a tier.
@@ -128,6 +129,7 @@ def league(results: Sequence[Result], grid_only: bool, trained: bool = True) -> 
     found: dict[str, dict[tuple[str, float], Figure]] = defaultdict(dict)
     for row in rows:
         found[row.method][row.experiment, row.budget] = row.final if trained else row.before
+    kls = {} if trained else {(row.method, (row.experiment, row.budget)): row.kl.mean for row in rows}
     best = {case: max((of[case] for of in found.values() if case in of), key=lambda f: f.mean) for case in cases}
     # What lacks a column would be ranked by easier ones than the others.
     means = {method: mean(figure.mean for figure in of.values()) for method, of in found.items()}
@@ -135,15 +137,18 @@ def league(results: Sequence[Result], grid_only: bool, trained: bool = True) -> 
     lines = []
     for place, method in enumerate(ranked, 1):
         figures = [found[method].get(case) for case in cases]
-        shown = [_shown(figure, best[case]) for figure, case in zip(figures, cases, strict=True)]
+        shown = [
+            _shown(figure, best[case], kls.get((method, case))) for figure, case in zip(figures, cases, strict=True)
+        ]
         whole = None not in figures
         lines.append([str(place) if whole else "", method, *shown, f"{means[method]:.1f}" if whole else ""])
     columns = ["", "method", *(f"{experiment} {budget:.0%}" for experiment, budget in cases), "mean"]
     return markdown(columns, lines)
 
 
-def _shown(figure: Figure | None, best: Figure) -> str:
+def _shown(figure: Figure | None, best: Figure, kl: float | None) -> str:
     if figure is None:
         return "–"
     bars = (figure.deviation or 0) + (best.deviation or 0)
-    return f"**{figure.text(1)}**" if figure.mean + bars >= best.mean else figure.text(1)
+    top1 = f"**{figure.text(1)}**" if figure.mean + bars >= best.mean else figure.text(1)
+    return top1 if kl is None else f"{top1} ({kl:.3f})"
