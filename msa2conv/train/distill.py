@@ -14,7 +14,7 @@ from ..search.measure import Measure, OutputFn, distances, outputs, tensor_of
 
 BATCH = 32
 _BEYOND_CHANCE = 1.645  # standard errors: one-sided, 5 %
-_FAR = 0.04  # the distance from which on the whole learning rate is used
+_FAR = 0.1  # the distance from which on the whole learning rate is used
 
 
 @torch.enable_grad()
@@ -44,7 +44,7 @@ def distill(
         held_out: images to judge by: where the polished network is farther from the original on them than before, by
             more than chance explains, the unpolished copy is returned. (States on the way are not compared: of many,
             the one that is closest on few images is so by chance.)
-        lr: peak learning rate of a hybrid whose distance is 0.04 or more; of one that is closer, less in proportion to
+        lr: peak learning rate of a hybrid whose distance is 0.1 or more; of one that is closer, less in proportion to
             the root of its distance, as its gradients are. (AdamW's own steps do not shrink with the gradient: they
             would shake what is nearly exact, and leave it farther away.)
         measure: which loss.
