@@ -10,10 +10,12 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import clock
 import numpy as np
 import pytest
 import torch
@@ -90,12 +92,13 @@ FIRST = {type(method): name for name, method in sorted(methods().items(), revers
 
 
 @pytest.mark.parametrize("method", sampled(sorted(methods()), FIRST))
-def test_every_method_keeps_the_rules(method: str, stage: runner.Stage) -> None:
+def test_every_method_keeps_the_rules(method: str, stage: runner.Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock.use(monkeypatch, clock.Clock())
     budget = stage.flops if method == DENSE else round(0.7 * stage.flops)
-    digest = stage.digest
-    model = method_of(method).shrink(stage.parent, budget, context_of(stage)).eval()
+    digest, context = stage.digest, context_of(stage)
+    model = method_of(method).shrink(stage.parent, budget, context).eval()
     flops = msa2conv.count_flops(model, stage.example)
-    rules.check_budget(flops, budget)
+    rules.check_budget(flops, budget, not context.in_time)
     rules.check_counters(flops, torch_flops(model, stage.example))
     rules.check_parent(stage.parent, digest)
     rules.check_batch_invariance(model, *stage.data.test.sample(16))
@@ -348,6 +351,21 @@ def test_one_calibration_serves_every_budget_and_its_time_counts_each_time(stage
     alone = method.shrink(stage.parent, round(0.7 * stage.flops), replace(stage, kept={}).context(0))
     second = method.shrink(stage.parent, round(0.7 * stage.flops), stage.context(0))
     assert weights_sha256(alone) == weights_sha256(second)
+
+
+def test_a_budget_of_time_is_kept_beside_the_one_of_flops(stage: runner.Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopwatch = clock.use(monkeypatch, clock.Clock())
+    context, budget = stage.context(0), round(0.8 * stage.flops)
+    model = methods()["ours-time-32"].shrink(stage.parent, budget, context)
+    inputs = stage.example.expand(32, -1, -1, -1)
+    ratio = clock.seconds(partial(model, inputs)) / clock.seconds(partial(stage.parent, inputs))
+    assert context.in_time and stopwatch.timed and ratio <= 0.8 * 1.02
+    flops = msa2conv.count_flops(model, stage.example)
+    rules.check_budget(flops, budget, all_of_it=False)
+    with pytest.raises(rules.RuleBroken, match="to 1 %"):
+        rules.check_budget(round(1.02 * budget), budget, all_of_it=False)
+    with pytest.raises(rules.RuleBroken, match="to 1 %"):
+        rules.check_budget(round(0.98 * budget), budget)
 
 
 def test_training_the_parent_in_place_of_a_copy_is_noticed(stage: runner.Stage) -> None:

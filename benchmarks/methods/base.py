@@ -55,10 +55,12 @@ class Context:
         schedule: the fine-tuning that follows.
         seed: of everything random.
         progress: show bars.
+        time_on: where times are measured; None: where the example is.
         kept: what methods made once and use at every budget, {key: (value, the seconds that it took)}.
 
     Attributes:
         searched: epochs that the method spent by itself.
+        in_time: set by a method that keeps a budget of time, too: it may use less than its budget of multiply-adds.
         spared: seconds that went into what it took from `kept`; they count as its own.
         notes: for the result file.
     """
@@ -69,8 +71,10 @@ class Context:
     schedule: Schedule = field(default_factory=lambda: Schedule(epochs=0, lr=1e-3))
     seed: int = 0
     progress: bool = False
+    time_on: torch.device | None = None
     kept: dict[Hashable, tuple[Any, float]] = field(default_factory=dict)
     searched: int = field(default=0, init=False)
+    in_time: bool = field(default=False, init=False)
     spared: float = field(default=0.0, init=False)
     notes: dict[str, Any] = field(default_factory=dict, init=False)
 

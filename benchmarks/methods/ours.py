@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -30,11 +31,17 @@ class Calibrated:
         return result.model
 
 
-def converted(parent: nn.Module, budget: int, context: Context, levers: Levers | None = None) -> msa2conv.Conversion:
-    """`msa2conv.convert` on the calibration images; one calibration serves all budgets of a seed."""
+def converted(
+    parent: nn.Module, budget: int, context: Context, levers: Levers | None = None, **also: Any
+) -> msa2conv.Conversion:
+    """`msa2conv.convert` on the calibration images; one calibration serves all budgets of a seed.
+
+    Args:
+        also: of a budget of time.
+    """
     return msa2conv.convert(
         parent, context.target(budget), levers=levers, calibration=calibrated(parent, context, levers),
-        example_inputs=context.example, seed=context.seed, progress=context.progress,
+        example_inputs=context.example, seed=context.seed, progress=context.progress, **also,
     )  # fmt: skip
 
 
