@@ -486,6 +486,7 @@ def test_a_league_ranks_who_ran_everything_and_marks_what_noise_may_have_put_sec
         ("rival", 0.7): [86.1, 86.9], ("rival", 0.5): [80.0, 80.6],
         ("easy", 0.7): [86.9],
         ("loses", 0.7): [85.0], ("loses", 0.5): [84.0],
+        ("quick", 0.7): [87.0], ("quick", 0.5): [88.0],
     }  # fmt: skip
     results: Any = [
         SimpleNamespace(
@@ -493,6 +494,7 @@ def test_a_league_ranks_who_ran_everything_and_marks_what_noise_may_have_put_sec
             keeps_grid=method != "loses",
             final=SimpleNamespace(top1=top1),
             before=SimpleNamespace(top1=top1 - 50, kl=budget / 10),
+            kept=0.6 if method == "quick" else budget,
         )
         for (method, budget), values in tops.items()
         for seed, top1 in enumerate(values)
@@ -506,6 +508,7 @@ def test_a_league_ranks_who_ran_everything_and_marks_what_noise_may_have_put_sec
         "|  | easy | **86.9** | – |  |",
     ]
     assert "loses" not in tables.league(results, grid_only=True)
+    assert "quick" not in tables.league(results, grid_only=False)  # with less than its FLOPs at 70 %
     before = tables.league(results, grid_only=False, trained=False)
     assert "| 1 | ours | 36.2 ± 0.3 (0.070) | **35.1 ± 0.1** (0.050) | 35.7 |" in before
 

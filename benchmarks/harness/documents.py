@@ -31,7 +31,8 @@ LEAGUES = (
 )
 LEGEND = (
     "Bold: the best of a column, and what is apart from it by no more than the standard deviations of both. –: the "
-    "method does not reach that budget, does not apply, or was not run."
+    "method does not reach that budget, does not apply, or was not run. What keeps a budget of time, too, is not "
+    "ranked."
 )
 
 

@@ -9,6 +9,7 @@ from statistics import mean, stdev
 
 from .config import DENSE
 from .result import Failure, Result
+from .rules import TOLERANCE
 
 Key = tuple[str, float, str]  # experiment, budget, method
 
@@ -58,6 +59,11 @@ class Row:
     @property
     def kept(self) -> Figure:
         return Figure.of(result.kept for result in self.results)
+
+    @property
+    def in_time(self) -> bool:
+        """Whether a budget of time took more than that of FLOPs: the rules let nobody else leave some of it."""
+        return self.kept.mean < (1 - TOLERANCE) * self.budget
 
     def speed(self, batch: int) -> Figure:
         return Figure.of(result.speed[batch].ratio for result in self.results)
@@ -115,6 +121,8 @@ def experiment_tables(results: Sequence[Result], failures: Sequence[Failure]) ->
 def league(results: Sequence[Result], grid_only: bool, trained: bool = True) -> str:
     """Methods by their mean top-1 over all experiments and budgets; behind them those that lack a result somewhere.
 
+    Methods under a budget of time are not among them: they answer another question, with fewer FLOPs.
+
     Bold is the best of a column, and whatever is not outside of its error bars: apart by no more than the standard
     deviations of both over their seeds. Before any training the KL is shown, too, which tells networks apart that a
     sample's top-1 cannot.
@@ -125,6 +133,8 @@ def league(results: Sequence[Result], grid_only: bool, trained: bool = True) -> 
         trained: after fine-tuning; before any otherwise.
     """
     rows = [row for row in rows_of(results) if row.method != DENSE and (row.keeps_grid or not grid_only)]
+    in_time = {row.method for row in rows if row.in_time}
+    rows = [row for row in rows if row.method not in in_time]
     cases = list(dict.fromkeys((row.experiment, row.budget) for row in rows))
     found: dict[str, dict[tuple[str, float], Figure]] = defaultdict(dict)
     for row in rows:
