@@ -773,7 +773,8 @@ def test_weights_that_cannot_be_downloaded(refused: Refused, monkeypatch: pytest
 def test_datasets_that_are_not_there(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from msa2conv.data.sources import images_at
 
-    kinds = "a folder with one subfolder of images per class, torch/NAME:ROOT, or a Hugging Face dataset on disk"
+    folders = "a folder of images, or with one subfolder of them per class"
+    kinds = f"{folders}, torch/NAME:ROOT, or a Hugging Face dataset on disk"
     with refused(InvalidArgument, f"{tmp_path}/none: found no images (…); expected {kinds}. Check the path."):
         images_at(tmp_path / "none", None)
     hint = "For example torch/CIFAR10:data, after torchvision.datasets.CIFAR10('data', download=True)."

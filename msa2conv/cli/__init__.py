@@ -47,7 +47,10 @@ CheckpointFile = Annotated[
 Classes = Annotated[int | None, typer.Option("--num-classes", help="Default: as in the checkpoint or timm's.")]
 
 
-Images = Annotated[Path | None, typer.Option(help="ImageFolder to calibrate on; default: shipped photos.")]
+Images = Annotated[
+    Path | None,
+    typer.Option(help="Folder of images, or of a subfolder per class, to calibrate on; default: shipped."),
+]
 Number = Annotated[int, typer.Option("--number", "-n", help="How many calibration images at most.")]
 
 

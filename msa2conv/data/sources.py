@@ -1,7 +1,8 @@
-"""Labelled images on disk, by a path: folders of classes, torchvision's datasets, Hugging Face datasets."""
+"""Images on disk, by a path: folders of classes or of photos, torchvision's datasets, Hugging Face datasets."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ _IMAGES, _LABELS = ("image", "img", "pixel_values"), ("label", "labels", "fine_l
 
 
 def images_at(source: str | Path, transform: Any, split: str = "train") -> Any:
-    """A Dataset of (image, label).
+    """A Dataset of (image, label), or of images alone.
 
     Args:
-        source: a folder with one subfolder per class (in alphabetical order of the labels); `torch/CIFAR10:ROOT`, a
-            torchvision dataset that was downloaded to ROOT; or a folder that `save_to_disk` of Hugging Face datasets
-            has written, with an image and perhaps a label column.
+        source: a folder with one subfolder per class (in alphabetical order of the labels), or one of images, which
+            then have no labels; `torch/CIFAR10:ROOT`, a torchvision dataset that was downloaded to ROOT; or a folder
+            that `save_to_disk` of Hugging Face datasets has written, with an image and perhaps a label column.
         transform: PIL image -> tensor.
         split: "train" or "val": which part of a torchvision dataset or DatasetDict.
 
@@ -34,13 +35,18 @@ def images_at(source: str | Path, transform: Any, split: str = "train") -> Any:
     if any((folder / name).is_file() for name in _OF_DATASETS):
         return _of_datasets(folder, transform, split)
     from torchvision.datasets import ImageFolder
+    from torchvision.datasets.folder import is_image_file
 
+    inside = sorted(folder.glob("[!.]*"))
+    photos = [path for path in inside if path.is_file() and is_image_file(path.name)]
+    if photos and not any(path.is_dir() for path in inside):
+        return Photos(photos, transform)
     try:
         return ImageFolder(text, transform)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InvalidArgument(
-            text, f"no images ({error})", "a folder with one subfolder of images per class, torch/NAME:ROOT, or a "
-            "Hugging Face dataset on disk", "Check the path.",
+            text, f"no images ({error})", "a folder of images, or with one subfolder of them per class, "
+            "torch/NAME:ROOT, or a Hugging Face dataset on disk", "Check the path.",
         ) from error  # fmt: skip
 
 
@@ -95,6 +101,21 @@ def _of_datasets(folder: Path, transform: Any, split: str) -> Any:
             )
         data = data[found]
     return Rows(data, transform, str(folder))
+
+
+class Photos(Dataset[Any]):
+    """Image files, without labels; `samples` as torchvision's folders have it."""
+
+    def __init__(self, files: Sequence[Path], transform: Any) -> None:
+        self.samples, self.transform = [(str(path),) for path in files], transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        from torchvision.datasets.folder import default_loader
+
+        return self.transform(default_loader(self.samples[index][0]))
 
 
 class Rows(Dataset[Any]):

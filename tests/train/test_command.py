@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,17 @@ def test_the_originals_weights_are_needed(
 
 
 # Images by a path
+
+
+def test_a_folder_of_images_has_no_labels(photos: Path, tmp_path: Path) -> None:
+    for number, path in enumerate(sorted(photos.rglob("*.png"))):
+        shutil.copy(path, tmp_path / f"{number:02d}.png")
+    (tmp_path / "licence.txt").write_text("ours")
+    flat, classes = images_at(tmp_path, ToTensor()), images_at(photos, ToTensor())
+    assert len(flat) == 12 and all(torch.equal(flat[i], classes[i][0]) for i in range(12))
+    (tmp_path / "a class").mkdir()
+    with pytest.raises(errors.InvalidArgument, match="expected a folder of images, or with one subfolder of them per"):
+        images_at(tmp_path, ToTensor())
 
 
 def test_a_hugging_face_dataset_on_disk(photos: Path, tmp_path: Path) -> None:
