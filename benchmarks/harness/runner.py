@@ -86,17 +86,22 @@ class Stage:
         name = device_name(str(self.example.device))
         return name if self.time_on is None else f"{name}, timed on {device_name(self.time_on)}"
 
+    @property
+    def timed_on(self) -> torch.device:
+        return self.example.device if self.time_on is None else torch.device(self.time_on)
+
     def speed(self, model: nn.Module) -> dict[int, Speed]:
         """{batch size: time of a network beside the parent's}."""
-        where = self.example.device if self.time_on is None else torch.device(self.time_on)
+        where = self.timed_on
         networks = [each if where == self.example.device else copy.deepcopy(each) for each in (model, self.parent)]
         model, parent = (each.to(where) for each in networks)
         return speed(model, parent, self.example.to(where), self.experiment.latency_rounds)
 
     def context(self, seed: int, progress: bool = False) -> Context:
         experiment, images = self.experiment, self.experiment.calibration_images
-        where = torch.device(self.time_on or self.example.device)
-        return Context(self.data.train, self.example, images, experiment.schedule, seed, progress, where, self.kept)
+        return Context(
+            self.data.train, self.example, images, experiment.schedule, seed, progress, self.timed_on, self.kept
+        )
 
 
 @dataclass

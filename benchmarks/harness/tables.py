@@ -136,29 +136,23 @@ def league(results: Sequence[Result], grid_only: bool, trained: bool = True) -> 
     in_time = {row.method for row in rows if row.in_time}
     rows = [row for row in rows if row.method not in in_time]
     cases = list(dict.fromkeys((row.experiment, row.budget) for row in rows))
-    found: dict[str, dict[tuple[str, float], Figure]] = defaultdict(dict)
+    found: dict[str, dict[tuple[str, float], tuple[Figure, str]]] = defaultdict(dict)
     for row in rows:
-        found[row.method][row.experiment, row.budget] = row.final if trained else row.before
-    kls = {} if trained else {(row.method, (row.experiment, row.budget)): row.kl.mean for row in rows}
-    best = {case: max((of[case] for of in found.values() if case in of), key=lambda f: f.mean) for case in cases}
+        shown = (row.final, "") if trained else (row.before, f" ({row.kl.mean:.3f})")
+        found[row.method][row.experiment, row.budget] = shown
+    best = {case: max((of[case][0] for of in found.values() if case in of), key=lambda f: f.mean) for case in cases}
     # What lacks a column would be ranked by easier ones than the others.
-    means = {method: mean(figure.mean for figure in of.values()) for method, of in found.items()}
+    means = {method: mean(figure.mean for figure, _ in of.values()) for method, of in found.items()}
     ranked = sorted(found, key=lambda method: (len(found[method]) < len(cases), -means[method]))
     lines = []
     for place, method in enumerate(ranked, 1):
-        figures = [found[method].get(case) for case in cases]
-        shown = [
-            _shown(figure, best[case], kls.get((method, case))) for figure, case in zip(figures, cases, strict=True)
-        ]
-        whole = None not in figures
-        lines.append([str(place) if whole else "", method, *shown, f"{means[method]:.1f}" if whole else ""])
+        of, whole = found[method], len(found[method]) == len(cases)
+        figures = [_marked(of[case][0], best[case]) + of[case][1] if case in of else "–" for case in cases]
+        lines.append([str(place) if whole else "", method, *figures, f"{means[method]:.1f}" if whole else ""])
     columns = ["", "method", *(f"{experiment} {budget:.0%}" for experiment, budget in cases), "mean"]
     return markdown(columns, lines)
 
 
-def _shown(figure: Figure | None, best: Figure, kl: float | None) -> str:
-    if figure is None:
-        return "–"
+def _marked(figure: Figure, best: Figure) -> str:
     bars = (figure.deviation or 0) + (best.deviation or 0)
-    top1 = f"**{figure.text(1)}**" if figure.mean + bars >= best.mean else figure.text(1)
-    return top1 if kl is None else f"{top1} ({kl:.3f})"
+    return f"**{figure.text(1)}**" if figure.mean + bars >= best.mean else figure.text(1)

@@ -10,6 +10,8 @@ from typing import Any, Protocol, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from msa2conv import Plan
+
 from ..harness.data import Split
 from ..harness.training import Schedule
 
@@ -106,6 +108,10 @@ class Context:
     def target(self, budget: int) -> str:
         """A budget as msa2conv takes it: absolute, however small."""
         return f"{budget / 1e3:.3f}k"
+
+    def note_plan(self, plan: Plan) -> None:
+        """What msa2conv decided, as data and as a picture."""
+        self.note(plan=plan.model_dump(mode="json"), picture=str(plan))
 
     def note(self, **facts: Any) -> None:
         """Anything that belongs into the result file (plain values): a plan, a ratio, a schedule."""

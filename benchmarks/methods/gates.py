@@ -34,7 +34,7 @@ class Gated:
             epochs=epochs, lr=context.schedule.lr, example_inputs=context.example, seed=context.seed,
             progress=context.progress,
         )  # fmt: skip
-        context.note(plan=result.plan.model_dump(mode="json"), picture=str(result.plan))
+        context.note_plan(result.plan)
         return result.model.eval()
 
 

@@ -34,9 +34,8 @@ class InTime:
             parent, budget, context, self.levers,
             latency_target=share, batch_size=self.batch, device=context.time_on,
         )  # fmt: skip
-        context.note(
-            plan=result.plan.model_dump(mode="json"), picture=str(result.plan), latency=str(result.report.latency)
-        )
+        context.note_plan(result.plan)
+        context.note(latency=str(result.report.latency))
         return result.model
 
 

@@ -27,7 +27,7 @@ class Calibrated:
 
     def shrink(self, parent: nn.Module, budget: int, context: Context) -> nn.Module:
         result = converted(parent, budget, context, self.levers)
-        context.note(plan=result.plan.model_dump(mode="json"), picture=str(result.plan))
+        context.note_plan(result.plan)
         return result.model
 
 

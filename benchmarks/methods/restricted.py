@@ -67,7 +67,7 @@ class Searched:
         choices = msa2conv.solve({path: list(group) for path, group in options.items()}, self._rest, self.budget)
         seen = msa2conv.inspect(self.parent, example_inputs=self.context.example)
         plan, tensors = msa2conv.make_plan(self.parent, seen, choices)
-        self.context.note(plan=plan.model_dump(mode="json"), picture=str(plan))
+        self.context.note_plan(plan)
         return msa2conv.apply(plan, self.parent, tensors).eval()
 
 

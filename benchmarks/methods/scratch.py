@@ -14,7 +14,7 @@ class Scratch:
 
     def shrink(self, parent: nn.Module, budget: int, context: Context) -> nn.Module:
         result = converted(parent, budget, context)
-        context.note(plan=result.plan.model_dump(mode="json"), picture=str(result.plan))
+        context.note_plan(result.plan)
         torch.manual_seed(context.seed)
         return fresh(result.model)
 

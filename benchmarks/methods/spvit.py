@@ -42,7 +42,8 @@ class SPViT:
                 for optimizer in optimizers:
                     optimizer.step()
         plan, _ = make_plan(parent, search.inspection, search.decide())
-        context.note(plan=plan.model_dump(mode="json"), picture=str(plan), searched_to=search.flops())
+        context.note_plan(plan)
+        context.note(searched_to=search.flops())
         torch.manual_seed(context.seed)
         return apply(plan, parent).eval()
 

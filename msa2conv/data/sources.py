@@ -35,12 +35,12 @@ def images_at(source: str | Path, transform: Any, split: str = "train") -> Any:
     if any((folder / name).is_file() for name in _OF_DATASETS):
         return _of_datasets(folder, transform, split)
     from torchvision.datasets import ImageFolder
-    from torchvision.datasets.folder import is_image_file
+    from torchvision.datasets.folder import default_loader, is_image_file
 
     inside = sorted(folder.glob("[!.]*"))
-    photos = [path for path in inside if path.is_file() and is_image_file(path.name)]
+    photos = [path for path in inside if is_image_file(path.name) and path.is_file()]
     if photos and not any(path.is_dir() for path in inside):
-        return Photos(photos, transform)
+        return Photos(photos, default_loader, transform)
     try:
         return ImageFolder(text, transform)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -106,16 +106,14 @@ def _of_datasets(folder: Path, transform: Any, split: str) -> Any:
 class Photos(Dataset[Any]):
     """Image files, without labels; `samples` as torchvision's folders have it."""
 
-    def __init__(self, files: Sequence[Path], transform: Any) -> None:
-        self.samples, self.transform = [(str(path),) for path in files], transform
+    def __init__(self, files: Sequence[Path], loader: Any, transform: Any) -> None:
+        self.samples, self.loader, self.transform = [(str(path),) for path in files], loader, transform
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Any:
-        from torchvision.datasets.folder import default_loader
-
-        return self.transform(default_loader(self.samples[index][0]))
+        return self.transform(self.loader(self.samples[index][0]))
 
 
 class Rows(Dataset[Any]):
