@@ -16,7 +16,7 @@ from .report.figures import Promise, SiteCost
 from .report.inspection import Inspection
 from .search.calibration import Calibration
 from .search.frontier import frontier
-from .search.measure import OutputFn, agreement, distance, outputs
+from .search.measure import OutputFn, agreement, distance, distances as each_distance, farther, outputs
 from .search.solve import diverse, fewest_merges
 from .settings import Limit
 from .sites import AttentionSite
@@ -55,6 +55,7 @@ def choose(
 ) -> Choice:
     """Solve the budget exactly in several ways and keep the plan that does best on held-out images.
 
+    The grid of tokens is given up only for a plan that is better than any that keeps it by more than chance explains.
     Merging takes time that FLOPs do not show: what is nearly as good as the best of them and merges at fewer sites is
     tried, too, and taken if it is no further from the original.
 
@@ -73,18 +74,23 @@ def choose(
     rest = calibration.costs.outside(options)
     found = diverse(options, rest, target, calibration.settings(), limit)
     net = lift(model, calibration.sites)
+    every_N: dict[str, Tensor] = {}
     distances: dict[str, float] = {}
     agreements: dict[str, float | None] = {}
 
     def compare(name: str) -> None:
         with net.pinned(net.branches(found[name].choices)) as pinned:
             output = outputs(pinned, calibration.images, output_fn=output_fn)
+        every_N[name] = each_distance(calibration.reference, output, calibration.measure)
         distances[name] = distance(calibration.reference, output, calibration.measure)
         agreements[name] = agreement(calibration.reference, output) if calibration.measure == "kl" else None
 
     for name in track(list(found), "compare", progress):
         compare(name)
-    best = min(distances, key=lambda name: distances[name])
+    best = min(distances, key=distances.__getitem__)
+    grid_kept = [name for name, optimum in found.items() if optimum.setting.option is None]
+    if grid_kept and not farther(every_N[best], every_N[kept := min(grid_kept, key=distances.__getitem__)]):
+        best = kept
     fewer = found[best] if limit else fewest_merges(found[best], options, rest, target)  # a limit knows what they take
     if fewer is not found[best]:
         found[name := best + ", fewer merges"] = fewer

@@ -13,6 +13,7 @@ from ..errors import InvalidInput
 
 Measure = Literal["kl", "relative"]
 OutputFn = Callable[[Any], Any]
+_BEYOND_CHANCE = 1.645  # standard errors: one-sided, 5 %
 
 
 def default_measure(model: nn.Module, output: Tensor) -> Measure:
@@ -35,6 +36,12 @@ def distances(reference: Tensor, output: Tensor, measure: Measure) -> Tensor:
         p, q = F.log_softmax(reference, -1), F.log_softmax(output, -1)
         return (p.exp() * (p - q)).sum(-1)
     return (output - reference).flatten(1).square().sum(1) / reference.flatten(1).square().sum(1).clamp_min(1e-12)
+
+
+def farther(before_N: Tensor, after_N: Tensor) -> bool:
+    """Whether distances of the same images grew, beyond chance; what is not finite did."""
+    growth_N = after_N.double() - before_N.double()
+    return not growth_N.mean() <= _BEYOND_CHANCE * growth_N.std(correction=0) / len(growth_N) ** 0.5
 
 
 def agreement(reference: Tensor, output: Tensor) -> float:

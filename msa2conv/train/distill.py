@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from ..errors import NonFiniteValue
 from ..progress import track
-from ..search.measure import Measure, OutputFn, distances, outputs, tensor_of
+from ..search.measure import Measure, OutputFn, distances, farther, outputs, tensor_of
 
 BATCH = 32
-_BEYOND_CHANCE = 1.645  # standard errors: one-sided, 5 %
 _FAR = 0.1  # the distance from which on the whole learning rate is used
 
 
@@ -101,18 +100,12 @@ def distill(
         pass  # what has been learned so far is judged below
     if held_out is not None:
         after_N = distances(reference_judged, outputs(student, judged, output_fn=output_fn), measure)
-        if _farther(before_N.double(), after_N.double()):
+        if farther(before_N, after_N):
             student.load_state_dict(hybrid.state_dict())
     for parameter, flag in zip(student.parameters(), flags, strict=True):
         parameter.requires_grad_(flag)
         parameter.grad = None
     return student
-
-
-def _farther(before_N: Tensor, after_N: Tensor) -> bool:
-    """Whether distances of the same images grew, beyond chance."""
-    growth_N = after_N - before_N
-    return bool(growth_N.mean() > _BEYOND_CHANCE * growth_N.std(correction=0) / len(growth_N) ** 0.5)
 
 
 def augment(images_BCHW: Tensor, generator: torch.Generator) -> Tensor:

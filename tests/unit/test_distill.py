@@ -11,7 +11,7 @@ from conftest import Case, case_of
 from torch import nn
 
 from msa2conv.errors import NonFiniteValue
-from msa2conv.search.measure import Measure, distance
+from msa2conv.search.measure import Measure, distance, farther
 from msa2conv.train import distill as distillation
 from msa2conv.train.distill import augment, distill
 
@@ -110,3 +110,9 @@ def test_augmentation_keeps_shape_and_range_and_treats_images_apart() -> None:
     assert images.min() - 1e-5 <= augmented.min() and augmented.max() <= images.max() + 1e-5
     same = augment(images[:1].expand(6, -1, -1, -1), torch.Generator().manual_seed(0))
     assert not torch.equal(same[0], same[1])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_farther(value: float) -> None:
+    assert farther(torch.ones(4), torch.tensor([0.0, 0.0, 0.0, value]))
+    assert not farther(torch.ones(4), torch.ones(4))

@@ -171,6 +171,21 @@ def test_what_merges_less_is_taken_where_the_whole_network_is_as_close(
     assert set(choice.distances) == {"additive", "additive, fewer merges"}
 
 
+@pytest.mark.parametrize("better", [True, False])
+def test_the_grid_is_given_up_only_for_what_is_better(better: bool, vit: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = {path: next(option for option in group if not option.edits) for path, group in vit.options.items()}
+    broken = {path: next((o for o in vit.options[path] if o.name == "skip"), host) for path, host in hosts.items()}
+    price, gives_up = PRICES["additive"], Setting(option=lambda: next(iter(hosts.values())))
+    found = {
+        "without": Optimum(price, gives_up, hosts),
+        "with": Optimum(price, AS_IT_IS, broken if better else hosts),
+    }
+    monkeypatch.setattr(planning, "diverse", lambda *_: found)
+    monkeypatch.setattr(planning, "fewest_merges", lambda optimum, *_: optimum)
+    choice = planning.choose(vit.work, vit.calibration, vit.seen.costs.base, progress=False)
+    assert choice.price == ("without" if better else "with")
+
+
 # Settings
 
 
