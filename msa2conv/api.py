@@ -274,6 +274,7 @@ def convert(
             calibration.without_held_out(pictures),
             distill_steps,
             held_out=calibration.images,
+            sites=plan.sites,
             measure=calibration.measure,
             seed=seed,
             progress=progress,

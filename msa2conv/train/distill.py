@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from ..errors import NonFiniteValue
 from ..progress import track
 from ..search.measure import Measure, OutputFn, distances, farther, outputs, tensor_of
+from .teacher import Teacher, shared_taps, tapped
 
 BATCH = 32
 _FAR = 0.1  # the distance from which on the whole learning rate is used
+_HIDDEN = 10.0  # weight of the hidden states
 
 
 @torch.enable_grad()
@@ -24,6 +27,7 @@ def distill(
     steps: int,
     *,
     held_out: Tensor | None = None,
+    sites: Iterable[str] = (),
     lr: float = 1e-5,
     measure: Measure = "kl",
     seed: int = 0,
@@ -33,8 +37,10 @@ def distill(
     """Train a copy of `hybrid` to give the original's outputs on augmented calibration images.
 
     AdamW without weight decay, warm-up over a tenth of the steps, then cosine; random resized crops and flips, the same
-    for both. The loss is KL(original || hybrid) of the logits, or the relative squared error of features. See Hinton
-    et al., "Distilling the knowledge in a neural network" (2015).
+    for both. The loss is KL(original || hybrid) of the logits, or the relative squared error of features, plus 10
+    times the squared error of the hidden states behind the converted blocks, relative to their variance: a few hundred
+    images' outputs alone say little. See Hinton et al., "Distilling the knowledge in a neural network" (2015), and
+    Romero et al., "FitNets: hints for thin deep nets" (ICLR 2015).
 
     Args:
         hybrid, original: float32 modules on one device; neither is touched. Both run in eval mode (no dropout).
@@ -43,6 +49,8 @@ def distill(
         held_out: images to judge by: where the polished network is farther from the original on them than before, by
             more than chance explains, the unpolished copy is returned. (States on the way are not compared: of many,
             the one that is closest on few images is so by chance.)
+        sites: paths of what was converted, as in `plan.sites`; the hidden states behind the blocks around them are
+            imitated, too, where their shapes agree. None by default: outputs only.
         lr: peak learning rate of a hybrid whose distance is 0.1 or more; of one that is closer, less in proportion to
             the root of its distance, as its gradients are. (AdamW's own steps do not shrink with the gradient: they
             would shake what is nearly exact, and leave it farther away.)
@@ -57,11 +65,13 @@ def distill(
     Raises:
         NonFiniteValue: the loss became NaN or Inf; says at which step.
     """
-    student, teacher = copy.deepcopy(hybrid).eval(), copy.deepcopy(original).eval()
+    student = copy.deepcopy(hybrid).eval()
     device = next(student.parameters()).device
+    teacher = Teacher(original, device, output_fn)
     generator = torch.Generator().manual_seed(seed)
     judged = images[: 2 * BATCH] if held_out is None else held_out
-    reference_judged = outputs(teacher, judged, output_fn=output_fn)
+    reference_judged = outputs(teacher.model, judged, output_fn=output_fn)
+    taps = shared_taps(student, teacher, sites, images[:2].to(device))
     before_N = distances(reference_judged, outputs(student, judged, output_fn=output_fn), measure)
     flags = [parameter.requires_grad for parameter in student.parameters()]
     for parameter in student.parameters():
@@ -81,9 +91,11 @@ def distill(
         for step in track(range(steps), "distill", progress):
             chosen = torch.randint(len(images), (min(BATCH, len(images)),), generator=generator)
             batch = augment(images[chosen], generator).to(device)
-            with torch.no_grad():
-                reference = tensor_of(teacher(batch), output_fn)
-            loss = _loss(reference, tensor_of(student(batch), output_fn), measure)
+            with tapped(teacher.model, taps) as theirs:
+                reference = teacher(batch)
+            with tapped(student, taps) as own:
+                output = tensor_of(student(batch), output_fn)
+            loss = _loss(reference, output, measure) + _HIDDEN * _hidden(own, theirs)
             if not torch.isfinite(loss):
                 raise NonFiniteValue(
                     f"distillation step {step}",
@@ -128,3 +140,9 @@ def _loss(reference: Tensor, output: Tensor, measure: Measure) -> Tensor:
     if measure == "kl":
         return F.kl_div(F.log_softmax(output, -1), F.log_softmax(reference, -1), reduction="batchmean", log_target=True)
     return distances(reference, output, "relative").mean()
+
+
+def _hidden(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Tensor | float:
+    """|own - theirs|^2 / variance of theirs, mean over modules."""
+    errors = [(own[path] - wanted).square().mean() / wanted.var().clamp_min(1e-12) for path, wanted in theirs.items()]
+    return torch.stack(errors).mean() if errors else 0.0

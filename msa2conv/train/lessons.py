@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
 from ..adapters.build import example_size, preprocessing
-from ..adapters.paths import block_of
 from ..conversion import Conversion
 from ..errors import ArchitectureMismatch, InvalidArgument
 from ..plan import Wrap
@@ -16,7 +13,7 @@ from ..search.measure import Measure, OutputFn, default_measure, first_tensor, t
 from ..workbench import unwrap, working_copy
 from .data import Batches, classes_of
 from .stages import Stage
-from .teacher import Teacher, tapped
+from .teacher import Teacher, shared_taps
 
 PROBE = 32  # images on which shapes are compared and scales are measured
 
@@ -93,7 +90,7 @@ class Lessons:
                 "Give labelled images, or leave teacher='original'.",
             )  # fmt: skip
         if self.teacher is not None and any(stage.hidden for stage in self.stages):
-            self.taps = self._taps(student, self.teacher, images[:2])
+            self.taps = shared_taps(student, self.teacher, self.conversion.plan.sites, images[:2])
             if not self.taps:
                 self.warnings.append("no hidden states were taught: none agree in shape")
 
@@ -131,25 +128,6 @@ class Lessons:
                 f"{tuple(expected.shape[1:])}, as the student's", "Take a teacher with the same classes.",
             )  # fmt: skip
         return teacher
-
-    def _taps(self, student: nn.Module, teacher: Teacher, images: Tensor) -> tuple[str, ...]:
-        """Of every site the block around it, or as much of it as is called (a ModuleList is not)."""
-        known = dict(teacher.model.named_modules())
-        around = {site: list(_down_to(site, block_of(site))) for site in self.conversion.plan.sites}
-        every = {path for paths in around.values() for path in paths if path in known}
-        with torch.no_grad(), tapped(student, every) as own, tapped(teacher.model, every) as theirs:
-            student(images)
-            teacher.run(images)
-        alike = {path for path in every if path in own and path in theirs and own[path].shape == theirs[path].shape}
-        found = [next((path for path in paths if path in alike), None) for paths in around.values()]
-        return tuple(dict.fromkeys(path for path in found if path is not None))
-
-
-def _down_to(path: str, top: str) -> Iterator[str]:
-    """'blocks.0', 'blocks.0.mlp' for the path 'blocks.0.mlp' below 'blocks.0'."""
-    parts = path.split(".")
-    for count in range(len(top.split(".")), len(parts) + 1):
-        yield ".".join(parts[:count])
 
 
 def changed(conversion: Conversion) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..adapters.paths import block_of
 from ..plan import Preprocessing
 from ..search.measure import OutputFn, first_tensor, tensor_of
 
@@ -92,6 +93,28 @@ def tapped(model: nn.Module, paths: Iterable[str]) -> Iterator[dict[str, Tensor]
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+def shared_taps(student: nn.Module, teacher: Teacher, sites: Iterable[str], images: Tensor) -> tuple[str, ...]:
+    """Modules of both whose outputs can be compared: of every converted site the block around it, or as much of it as
+    is called (a ModuleList is not) and gives one shape in both."""
+    known = dict(teacher.model.named_modules())
+    around = [list(_down_to(site, block_of(site))) for site in sites]
+    every = {path for paths in around for path in paths if path in known}
+    with tapped(student, every) as own, tapped(teacher.model, every) as theirs:
+        student(images)
+        teacher.run(images)
+    alike = {path for path in every if path in own and path in theirs and own[path].shape == theirs[path].shape}
+    found = [next((path for path in paths if path in alike), None) for paths in around]
+    return tuple(dict.fromkeys(path for path in found if path is not None))
+
+
+def _down_to(path: str, top: str) -> Iterator[str]:
+    """'blocks.0', 'blocks.0.mlp' for the path 'blocks.0.mlp' below 'blocks.0'."""
+    parts = path.split(".")
+    for count in range(len(top.split(".")), len(parts) + 1):
+        yield ".".join(parts[:count])
 
 
 @contextmanager

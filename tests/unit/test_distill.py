@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import tiny
@@ -14,6 +15,7 @@ from msa2conv.errors import NonFiniteValue
 from msa2conv.search.measure import Measure, distance, farther
 from msa2conv.train import distill as distillation
 from msa2conv.train.distill import augment, distill
+from msa2conv.train.teacher import Teacher, shared_taps, tapped
 
 
 def skipping(case: Case) -> nn.Module:
@@ -39,6 +41,21 @@ def test_it_lowers_the_loss_and_touches_neither_model(name: str, measure: Measur
     assert all(parameter.grad is None for parameter in polished.parameters())
     flags = [[parameter.requires_grad for parameter in model.parameters()] for model in (hybrid, polished)]
     assert flags[0] == flags[1]
+
+
+def test_hidden_states_are_imitated_where_sites_are_given(vit: Case) -> None:
+    hybrid, sites = skipping(vit), [site.path for site in vit.seen.claims.sites]
+    taps = shared_taps(hybrid, Teacher(vit.work, torch.device("cpu")), sites, vit.images[:2])
+    assert taps == ("blocks.0", "blocks.1", "blocks.2")
+
+    def error(model: nn.Module) -> float:
+        with torch.no_grad(), tapped(model, taps) as own, tapped(vit.work, taps) as theirs:
+            model(vit.images)
+            vit.work(vit.images)
+        return sum(float((own[path] - theirs[path]).square().mean()) for path in taps)
+
+    polish = functools.partial(distill, hybrid, vit.work, vit.images, 20, lr=1e-3, progress=False)
+    assert error(polish(sites=sites)) < 0.9 * error(polish()) < error(hybrid)
 
 
 def test_the_seed_decides(vit: Case) -> None:

@@ -143,3 +143,9 @@ def test_it_can_be_fine_tuned(result: Conversion) -> None:
     after = msa2conv.finetune(result, images(32, seed=2), stages=stages, batch_size=8, progress=False)
     assert isinstance(after.model.blocks, MergedStream) and after.plan == result.plan
     assert not same(after.model, result.model)
+
+
+def test_it_can_be_polished(model: nn.Module, result: Conversion) -> None:
+    """Hidden states of all tokens and of fewer cannot be compared: the outputs teach."""
+    polished = msa2conv.distill(result.model, model, images(32), 2, sites=result.plan.sites, progress=False)
+    assert isinstance(polished.blocks, MergedStream) and not same(polished, result.model)
