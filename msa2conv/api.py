@@ -169,11 +169,12 @@ def convert(
         example_inputs: a float tensor [B, C, H, W]; by default of the size the model declares.
         levers: what may change: names ("mixer", "ffn", "merge_in_site", "thin_attention", "merge_tokens") or
             configured levers (`Mixer(...)`, `FFN(...)`, `MergeInSite(...)`, `ThinAttention(...)`, `MergeTokens(...)`);
-            None: all that keep the token grid, which "merge_tokens" does not; "all": every one.
+            None: all that keep the token grid, which "merge_tokens" does not; "all": every one
+            (the grid is then given up only for what is better on held-out images by more than chance explains).
         calibration: a `Calibration` of this model: a budget then takes seconds, and `data` only serves distillation.
         adapters: who looks for sites.
         images: how many calibration images to read at most.
-        distill_steps: optimiser steps of a label-free polish on the same images; 0 for none.
+        distill_steps: optimiser steps of a label-free polish on the same images (`distill`); 0 for none.
         search: "calibrated": closed form, minutes, no training. "gates": the paper's learned, weight-shared gates,
             trained for `epochs` on `data`, a DataLoader or list of batches; a `Gates(...)` configures it.
         epochs, loss, lr, gate_lr: of a gate search (see `train_gates`): loss(output, labels), by default the KL to the
