@@ -20,7 +20,8 @@ from .common import RESULTS
 
 ROOT = Path(__file__).parent.parent
 SHOWN = tuple(
-    ROOT / name for name in ("README.md", "examples/fashion/README.md", "docs/levers.md", "docs/speed.md")
+    ROOT / name
+    for name in ("README.md", "examples/fashion/README.md", "docs/levers.md", "docs/speed.md", "docs/costs.md")
 )  # files with marked tables
 LISTED = ("claims", "coverage", "libraries")  # in docs/BACKBONES.md
 _MARKED = re.compile(r"(<!-- table: (\w+)(?: without ([^>]*?))? -->\n).*?(<!-- end -->)", re.DOTALL)
