@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import timm
+from clock import Clock, use
 
 import msa2conv
 
@@ -52,7 +53,7 @@ def blocks(text: str) -> list[tuple[int, str, bool]]:
 
 @pytest.fixture
 def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No downloads, small models, few images and steps."""
+    """No downloads, small models, few images and steps, and a clock that no busy machine disturbs."""
     create = timm.create_model
 
     def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
@@ -67,6 +68,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return call
 
+    use(monkeypatch, Clock())
     monkeypatch.setattr(timm, "create_model", create_model)
     monkeypatch.setattr(msa2conv, "convert", briefly(msa2conv.convert))
     monkeypatch.setattr(msa2conv, "calibrate", briefly(msa2conv.calibrate))
