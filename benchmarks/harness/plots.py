@@ -72,7 +72,8 @@ def _pyplot() -> Any:
 def _style(method: str, index: int) -> dict[str, Any]:
     marker = "os^vD<>pPXhd*"[index % 13]
     if method.startswith(_OURS):
-        return {"marker": marker, "color": f"C{index % 10}", "lw": 2, "zorder": 3}
+        colours = "012345689"  # of matplotlib's cycle; 7 is grey, as rivals are
+        return {"marker": marker, "color": f"C{colours[index % 9]}", "lw": 2, "zorder": 3}
     grey = 0.35 + 0.4 * (index % 7) / 6
     return {"marker": marker, "color": (grey, grey, grey), "lw": 0.8, "ls": "--", "ms": 4}
 
