@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,7 @@ class Projected(nn.Module):
         self.norm, self.kept_CC = norm, kept_CC
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(centred(x) @ self.kept_CC)  # type: ignore[no-any-return]
-
-
-def centred(x: Tensor) -> Tensor:
-    return x - x.mean(-1, keepdim=True)
+        return self.norm((x - x.mean(-1, keepdim=True)) @ self.kept_CC)  # type: ignore[no-any-return]
 
 
 def rotated(model: Any, share: float, photos: Tensor) -> nn.Module:
@@ -69,17 +66,22 @@ def rotated(model: Any, share: float, photos: Tensor) -> nn.Module:
         x = F.layer_norm(args[0], norm.normalized_shape, eps=norm.eps).flatten(0, -2)
         moments_CC.addmm_(x.T, x, alpha=1 / len(x))
 
-    narrow: Any = copy.deepcopy(model)
-    handles = [norm.register_forward_hook(see) for norm in norms_of(narrow)]
-    narrow(photos)
+    handles = [norm.register_forward_hook(see) for norm in norms_of(model)]
+    model(photos)
     for handle in handles:
         handle.remove()
     leading = torch.linalg.eigh(moments_CC).eigenvectors[:, -round(share * model.embed_dim) :]
     kept_CC = leading @ leading.T
-    for block in narrow.blocks:
-        block.norm1, block.norm2 = Projected(block.norm1, kept_CC), Projected(block.norm2, kept_CC)
-    narrow.norm = Projected(narrow.norm, kept_CC)
-    return narrow  # type: ignore[no-any-return]
+    return with_norms(model, lambda norm: Projected(norm, kept_CC))
+
+
+def with_norms(model: Any, wrapped: Callable[[nn.LayerNorm], nn.Module]) -> nn.Module:
+    """A copy in which another module stands where the residual stream is read."""
+    found: Any = copy.deepcopy(model)
+    for block in found.blocks:
+        block.norm1, block.norm2 = wrapped(block.norm1), wrapped(block.norm2)
+    found.norm = wrapped(found.norm)
+    return found  # type: ignore[no-any-return]
 
 
 def norms_of(model: Any) -> list[nn.LayerNorm]:
@@ -106,11 +108,7 @@ def narrowed(model: Any, share: float, photos: Tensor | None) -> nn.Module:
         strength_C += sum(layer.weight.square().sum(1) for layer in writers)
     kept_C = torch.zeros(model.embed_dim, dtype=torch.bool)
     kept_C[strength_C.topk(round(share * model.embed_dim)).indices] = True
-    narrow: Any = copy.deepcopy(model)
-    for block in narrow.blocks:
-        block.norm1, block.norm2 = Narrow(block.norm1, kept_C), Narrow(block.norm2, kept_C)
-    narrow.norm = Narrow(narrow.norm, kept_C)
-    return narrow  # type: ignore[no-any-return]
+    return with_norms(model, lambda norm: Narrow(norm, kept_C))
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from .report.figures import Promise, SiteCost
 from .report.inspection import Inspection
 from .search.calibration import Calibration
 from .search.frontier import frontier
-from .search.measure import OutputFn, agreement, distance, distances as each_distance, farther, outputs
+from .search.measure import OutputFn, agreement, average, distances, farther, outputs
 from .search.solve import diverse, fewest_merges
 from .settings import Limit
 from .sites import AttentionSite
@@ -75,29 +75,29 @@ def choose(
     found = diverse(options, rest, target, calibration.settings(), limit)
     net = lift(model, calibration.sites)
     every_N: dict[str, Tensor] = {}
-    distances: dict[str, float] = {}
+    means: dict[str, float] = {}
     agreements: dict[str, float | None] = {}
 
     def compare(name: str) -> None:
         with net.pinned(net.branches(found[name].choices)) as pinned:
             output = outputs(pinned, calibration.images, output_fn=output_fn)
-        every_N[name] = each_distance(calibration.reference, output, calibration.measure)
-        distances[name] = distance(calibration.reference, output, calibration.measure)
+        every_N[name] = distances(calibration.reference.double(), output.double(), calibration.measure)
+        means[name] = average(every_N[name])
         agreements[name] = agreement(calibration.reference, output) if calibration.measure == "kl" else None
 
     for name in track(list(found), "compare", progress):
         compare(name)
-    best = min(distances, key=distances.__getitem__)
+    best = min(means, key=means.__getitem__)
     grid_kept = [name for name, optimum in found.items() if optimum.setting.option is None]
-    if grid_kept and not farther(every_N[best], every_N[kept := min(grid_kept, key=distances.__getitem__)]):
+    if grid_kept and not farther(every_N[best], every_N[kept := min(grid_kept, key=means.__getitem__)]):
         best = kept
     fewer = found[best] if limit else fewest_merges(found[best], options, rest, target)  # a limit knows what they take
     if fewer is not found[best]:
         found[name := best + ", fewer merges"] = fewer
         compare(name)
-        best = name if distances[name] <= distances[best] else best
+        best = name if means[name] <= means[best] else best
     predicted = sum(option.score or 0.0 for option in found[best].choices.values())
-    return Choice(found[best].choices, best, predicted, distances, agreements[best])
+    return Choice(found[best].choices, best, predicted, means, agreements[best])
 
 
 def tradeoff(calibration: Calibration) -> list[Promise]:

@@ -25,9 +25,12 @@ def default_measure(model: nn.Module, output: Tensor) -> Measure:
 
 def distance(reference: Tensor, output: Tensor, measure: Measure) -> float:
     """Mean over images: KL(softmax(reference) || softmax(output)) (nats) or |output - reference|^2 / |reference|^2."""
-    each = distances(reference.double(), output.double(), measure)
-    value = float(each.mean())
-    return value if torch.isfinite(each).all() else float("inf")
+    return average(distances(reference.double(), output.double(), measure))
+
+
+def average(distances_N: Tensor) -> float:
+    """Their mean, infinite where one of them is not finite."""
+    return float(distances_N.mean()) if torch.isfinite(distances_N).all() else float("inf")
 
 
 def distances(reference: Tensor, output: Tensor, measure: Measure) -> Tensor:
