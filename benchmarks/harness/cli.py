@@ -39,6 +39,7 @@ def _run(args: argparse.Namespace) -> int:
         names += list(matrix.runs(tier, experiment, args.methods, args.budgets, args.seeds))
     names.sort(key=lambda name: name.seed)  # a first look at everything before the second seed
     torch.set_num_threads(args.threads)
+    torch.backends.cudnn.allow_tf32 = False  # a convolution's answers would depend on the batch
     prepare = partial(_prepare, args)
     failed = run_all(names, prepare, out=args.out, again=args.again, progress=not args.quiet)
     return 1 if failed else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +24,10 @@ class Split(Protocol):
     """Labelled images, prepared as the parent expects them."""
 
     def __len__(self) -> int: ...
+
+    def to(self, device: str) -> Split:
+        """The same, with batches prepared on a device where that is worth it; samples, and labels, are on the CPU."""
+        ...
 
     def batches(self, size: int, seed: int | None = None) -> Iterator[Batch]:
         """(images [B, C, H, W], labels [B]); with a seed in its random order and augmented."""
@@ -63,8 +67,11 @@ class Arrays:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def to(self, device: str) -> Arrays:
+        return replace(self, images=self.images.to(device), _answers={})
+
     def prepared(self, images: Tensor) -> Tensor:
-        mean, std = (torch.tensor(value)[:, None, None] for value in (self.mean, self.std))
+        mean, std = (torch.tensor(value, device=images.device)[:, None, None] for value in (self.mean, self.std))
         return (images.float() / 255 - mean) / std
 
     def batches(self, size: int, seed: int | None = None) -> Iterator[Batch]:
@@ -73,7 +80,7 @@ class Arrays:
         for rows in order.split(size):
             images = self.prepared(self.images[rows])
             if seed is not None:
-                images = augment(images, generator) if self.crops else flipped(images, generator)
+                images = augment(images, generator) if self.crops else flipped(images, generator)[0]
             yield images, self.labels[rows]
 
     def lessons(self, size: int, seed: int, teacher: nn.Module | None) -> Iterator[Lesson]:
@@ -83,9 +90,7 @@ class Arrays:
         answers_2NC = self._remembered(teacher)
         generator = torch.Generator().manual_seed(seed)
         for rows in torch.randperm(len(self), generator=generator).split(size):
-            mirrored = torch.rand(len(rows), generator=generator) < 0.5
-            images = self.prepared(self.images[rows])
-            images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
+            images, mirrored = flipped(self.prepared(self.images[rows]), generator)
             yield images, self.labels[rows], answers_2NC[mirrored.long(), rows]
 
     def _remembered(self, teacher: nn.Module) -> Tensor:
@@ -99,7 +104,7 @@ class Arrays:
 
     def sample(self, count: int, seed: int = 0) -> Batch:
         rows = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
-        return self.prepared(self.images[rows]), self.labels[rows]
+        return self.prepared(self.images[rows]).cpu(), self.labels[rows]
 
     def loader(self, size: int) -> DataLoader[Batch]:
         return DataLoader(_Rows(self), size, shuffle=True, drop_last=True)
@@ -133,7 +138,7 @@ class _Rows(Dataset[Batch]):
         return len(self.split)
 
     def __getitem__(self, row: int) -> Batch:
-        image = self.split.prepared(self.split.images[row])
+        image = self.split.prepared(self.split.images[row]).cpu()
         return image.flip(2) if torch.rand(()) < 0.5 else image, self.split.labels[row]
 
 
@@ -147,6 +152,9 @@ class Folder:
     std: tuple[float, ...]
     limit: int | None = None
     workers: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
+
+    def to(self, device: str) -> Folder:
+        return self
 
     def _dataset(self, training: bool) -> Dataset[Batch]:
         from timm.data import create_transform
@@ -192,8 +200,11 @@ class Data:
     train: Split
     test: Split
 
+    def to(self, device: str) -> Data:
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
 
-def flipped(images_BCHW: Tensor, generator: torch.Generator) -> Tensor:
-    """Every other image mirrored, at random."""
-    mirrored = torch.rand(len(images_BCHW), 1, 1, 1, generator=generator) < 0.5
-    return torch.where(mirrored, images_BCHW.flip(3), images_BCHW)
+
+def flipped(images_BCHW: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(images, every other one mirrored at random; whether it is [B], on the CPU)."""
+    mirrored = torch.rand(len(images_BCHW), generator=generator) < 0.5
+    return torch.where(mirrored.to(images_BCHW.device)[:, None, None, None], images_BCHW.flip(3), images_BCHW), mirrored

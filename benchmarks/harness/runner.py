@@ -65,7 +65,7 @@ class Stage:
         parent = parent_of(experiment.parent)
         images = read(experiment.data, data, parent.input[1], experiment.train_images, experiment.test_images)
         model = load_parent(experiment.parent, weights).to(device).requires_grad_(False)
-        return cls(experiment, model, images, parent.example.to(device), time_on)
+        return cls(experiment, model, images.to(device), parent.example.to(device), time_on)
 
     @cached_property
     def reference(self) -> tuple[Tensor, Tensor]:

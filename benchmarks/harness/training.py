@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +58,27 @@ def train(
         NonFiniteValue: the loss became NaN or Inf; says at which step.
     """
     torch.manual_seed(seed)
+    with _tensor_cores():
+        return _train(model, data, schedule, teacher, seed, what, progress)
+
+
+@contextmanager
+def _tensor_cores() -> Iterator[None]:
+    """Products in TF32 where a GPU has it. For training alone: what is measured is float32."""
+    kinds = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [kind.allow_tf32 for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.allow_tf32 = True
+        yield
+    finally:
+        for kind, allowed in zip(kinds, before, strict=True):
+            kind.allow_tf32 = allowed
+
+
+def _train(
+    model: nn.Module, data: Split, schedule: Schedule, teacher: nn.Module | None, seed: int, what: str, progress: bool
+) -> nn.Module:
     device = next(model.parameters()).device
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": schedule.weight_decay},

@@ -132,7 +132,7 @@ def augment(images_BCHW: Tensor, generator: torch.Generator) -> Tensor:
     theta[:, 1, 1] = height
     theta[:, 0, 2] = (2 * left - 1) * (1 - width)
     theta[:, 1, 2] = (2 * top - 1) * (1 - height)
-    grid = F.affine_grid(theta, list(images_BCHW.shape), align_corners=False)
+    grid = F.affine_grid(theta.to(images_BCHW), list(images_BCHW.shape), align_corners=False)
     return F.grid_sample(images_BCHW, grid, padding_mode="reflection", align_corners=False)
 
 
