@@ -487,12 +487,14 @@ def test_a_league_ranks_who_ran_everything_and_marks_what_noise_may_have_put_sec
         ("easy", 0.7): [86.9],
         ("loses", 0.7): [85.0], ("loses", 0.5): [84.0],
         ("quick", 0.7): [87.0], ("quick", 0.5): [88.0],
+        ("untrained", 0.7): [60.0], ("untrained", 0.5): [59.0],
     }  # fmt: skip
     results: Any = [
         SimpleNamespace(
             name=SimpleNamespace(experiment="micro", budget=budget, method=method, seed=seed),
             keeps_grid=method != "loses",
             final=SimpleNamespace(top1=top1),
+            after=None if method == "untrained" else SimpleNamespace(top1=top1),
             before=SimpleNamespace(top1=top1 - 50, kl=budget / 10),
             kept=0.6 if method == "quick" else budget,
         )
@@ -503,13 +505,14 @@ def test_a_league_ranks_who_ran_everything_and_marks_what_noise_may_have_put_sec
         "|  | method | micro 70% | micro 50% | mean |",
         "| --- | --- | --- | --- | --- |",
         "| 1 | ours | 86.2 ± 0.3 | **85.1 ± 0.1** | 85.7 |",
-        "| 2 | loses | 85.0 | 84.0 | 84.5 |",
+        "| 2 | loses | 85.0 n=1 | 84.0 n=1 | 84.5 |",
         "| 3 | rival | **86.5 ± 0.6** | 80.3 ± 0.4 | 83.4 |",
-        "|  | easy | **86.9** | – |  |",
+        "|  | easy | **86.9** n=1 | – |  |",
     ]
     assert "loses" not in tables.league(results, grid_only=True)
     assert "quick" not in tables.league(results, grid_only=False)  # with less than its FLOPs at 70 %
     before = tables.league(results, grid_only=False, trained=False)
+    assert "untrained" in before
     assert "| 1 | ours | 36.2 ± 0.3 (0.070) | **35.1 ± 0.1** (0.050) | 35.7 |" in before
 
 
@@ -532,6 +535,15 @@ def shown(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 def test_what_is_shown_is_backed(shown: Path) -> None:
     assert checking.problems(shown) == []
     assert "| vbp |" in documents.README.read_text() and "\nB\n" in documents.README.read_text()
+
+
+def test_one_experiment_of_a_tier_is_shown_alone(shown: Path) -> None:
+    own, other = (
+        documents.filled(f"<!-- league: small/{name} -->\n<!-- end -->", shown)
+        for name in (name_of("vbp").experiment, "other")
+    )
+    assert "| vbp |" in own
+    assert other == "<!-- league: small/other -->\nNothing has been run yet.\n<!-- end -->"
 
 
 def test_a_figure_without_a_result_is_named(shown: Path) -> None:

@@ -14,11 +14,11 @@ from .tables import experiment_tables, league, rows_of
 
 DOCS = ROOT / "docs" / "benchmarks"
 README = ROOT / "README.md"
-_MARKED = re.compile(r"(<!-- league: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_MARKED = re.compile(r"(<!-- league: (\w+)(?:/(\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 HEAD = """\
 Top-1 in percent on test images, mean ± standard deviation over seeds where there are several: before any training, and
-after the same fine-tuning for all. KL: to the parent's answers, before training, nats. FLOPs and time (of a forward
+after the same fine-tuning for all. KL: to the parent's answers, nats. FLOPs and time (of a forward
 pass, in turn with the parent's) as shares of the parent's. `dense` is the parent, fine-tuned as the others. Rules,
 methods and how to repeat a row: [README](README.md).
 """
@@ -31,8 +31,8 @@ LEAGUES = (
 )
 LEGEND = (
     "Bold: the best of a column, and what is apart from it by no more than the standard deviations of both. –: the "
-    "method does not reach that budget, does not apply, or was not run. What keeps a budget of time, too, is not "
-    "ranked."
+    "method does not reach that budget, does not apply, or was not run. n: so many seeds only. What keeps a budget of "
+    "time, too, is not ranked."
 )
 
 
@@ -106,12 +106,12 @@ def _circumstances(results: Sequence[Result]) -> list[str]:
 
 
 def filled(text: str, results: Path = RESULTS) -> str:
-    """A document with the league of every marked tier rendered anew."""
+    """A document with the league of every marked tier, or experiment of it, rendered anew."""
 
     def fill(match: re.Match[str]) -> str:
-        found = read_tier(match[2], results)
+        found = [result for result in read_tier(match[2], results) if match[3] in (None, result.name.experiment)]
         if not found:
-            return f"{match[1]}Nothing has been run yet.\n{match[3]}"
+            return f"{match[1]}Nothing has been run yet.\n{match[4]}"
         seeds = len({result.name.seed for result in found})
         trained = any(result.after for result in found)
         what = "Top-1 after fine-tuning" if trained else "Top-1 without any training and, in brackets, the KL"
@@ -119,7 +119,7 @@ def filled(text: str, results: Path = RESULTS) -> str:
             f"{what}, {len(found)} runs, {seeds} seed{'s' if seeds > 1 else ''}. {LEGEND} More in "
             f"[docs/benchmarks](docs/benchmarks/{match[2]}.md)."
         )
-        return f"{match[1]}{league(found, False, trained)}\n\n{note}\n{match[3]}"
+        return f"{match[1]}{league(found, False, trained)}\n\n{note}\n{match[4]}"
 
     return _MARKED.sub(fill, text)
 

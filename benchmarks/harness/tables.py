@@ -16,15 +16,16 @@ Key = tuple[str, float, str]  # experiment, budget, method
 
 @dataclass(frozen=True)
 class Figure:
-    """A mean over seeds, and the standard deviation between them where there are several."""
+    """A mean over seeds, how many they are, and the standard deviation between them where they are several."""
 
     mean: float
     deviation: float | None
+    seeds: int
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Figure:
         found = list(values)
-        return cls(mean(found), stdev(found) if len(found) > 1 else None)
+        return cls(mean(found), stdev(found) if len(found) > 1 else None, len(found))
 
     def text(self, digits: int) -> str:
         spread = "" if self.deviation is None else f" ± {self.deviation:.{digits}f}"
@@ -45,6 +46,10 @@ class Row:
         return self.results[0].keeps_grid
 
     @property
+    def trained(self) -> bool:
+        return any(result.after for result in self.results)
+
+    @property
     def before(self) -> Figure:
         return Figure.of(result.before.top1 for result in self.results)
 
@@ -55,6 +60,10 @@ class Row:
     @property
     def kl(self) -> Figure:
         return Figure.of(result.before.kl for result in self.results)
+
+    @property
+    def final_kl(self) -> Figure:
+        return Figure.of(result.final.kl for result in self.results)
 
     @property
     def kept(self) -> Figure:
@@ -79,19 +88,20 @@ def rows_of(results: Iterable[Result]) -> list[Row]:
 
 
 COLUMNS = (
-    "method", "grid kept", "top-1 before", "top-1", "KL before", "FLOPs", "M params", "time, batch 1", "time, batch 32",
-    "convert s", "train s", "seeds",
+    "method", "grid kept", "top-1 before", "top-1", "KL before", "KL", "FLOPs", "M params",
+    "time, batch 1", "time, batch 32", "convert s", "train s", "seeds",
 )  # fmt: skip
 
 
 def cells(row: Row) -> list[str]:
     """What a row shows."""
-    first, trained = row.results[0], any(result.after for result in row.results)
+    first, trained = row.results[0], row.trained
     seconds = {stage: mean(result.seconds.get(stage, 0.0) for result in row.results) for stage in ("convert", "train")}
     return [
         row.method, "yes" if row.keeps_grid else "no", row.before.text(1), row.final.text(1) if trained else "",
-        row.kl.text(3), f"{row.kept.mean:.3f}", f"{first.parameters / 1e6:.2f}", f"{row.speed(1).mean:.2f}",
-        f"{row.speed(32).mean:.2f}", f"{seconds['convert']:.0f}", f"{seconds['train']:.0f}" if trained else "",
+        row.kl.text(3), row.final_kl.text(3) if trained else "", f"{row.kept.mean:.3f}",
+        f"{first.parameters / 1e6:.2f}", f"{row.speed(1).mean:.2f}", f"{row.speed(32).mean:.2f}",
+        f"{seconds['convert']:.0f}", f"{seconds['train']:.0f}" if trained else "",
         str(len(row.results)),
     ]  # fmt: skip
 
@@ -125,34 +135,36 @@ def league(results: Sequence[Result], grid_only: bool, trained: bool = True) -> 
 
     Bold is the best of a column, and whatever is not outside of its error bars: apart by no more than the standard
     deviations of both over their seeds. Before any training the KL is shown, too, which tells networks apart that a
-    sample's top-1 cannot.
+    sample's top-1 cannot. Where others of a column have more seeds, it says how many there are.
 
     Args:
-        results: of a tier.
+        results: of a tier or an experiment.
         grid_only: of the methods that keep the grid of tokens.
         trained: after fine-tuning; before any otherwise.
     """
     rows = [row for row in rows_of(results) if row.method != DENSE and (row.keeps_grid or not grid_only)]
     in_time = {row.method for row in rows if row.in_time}
-    rows = [row for row in rows if row.method not in in_time]
+    rows = [row for row in rows if row.method not in in_time and (row.trained or not trained)]
     cases = list(dict.fromkeys((row.experiment, row.budget) for row in rows))
     found: dict[str, dict[tuple[str, float], tuple[Figure, str]]] = defaultdict(dict)
     for row in rows:
         shown = (row.final, "") if trained else (row.before, f" ({row.kl.mean:.3f})")
         found[row.method][row.experiment, row.budget] = shown
     best = {case: max((of[case][0] for of in found.values() if case in of), key=lambda f: f.mean) for case in cases}
+    seeds = {case: max(of[case][0].seeds for of in found.values() if case in of) for case in cases}
     # What lacks a column would be ranked by easier ones than the others.
     means = {method: mean(figure.mean for figure, _ in of.values()) for method, of in found.items()}
     ranked = sorted(found, key=lambda method: (len(found[method]) < len(cases), -means[method]))
     lines = []
     for place, method in enumerate(ranked, 1):
         of, whole = found[method], len(found[method]) == len(cases)
-        figures = [_marked(of[case][0], best[case]) + of[case][1] if case in of else "–" for case in cases]
+        figures = [_cell(*of[case], best[case], seeds[case]) if case in of else "–" for case in cases]
         lines.append([str(place) if whole else "", method, *figures, f"{means[method]:.1f}" if whole else ""])
     columns = ["", "method", *(f"{experiment} {budget:.0%}" for experiment, budget in cases), "mean"]
     return markdown(columns, lines)
 
 
-def _marked(figure: Figure, best: Figure) -> str:
+def _cell(figure: Figure, behind: str, best: Figure, seeds: int) -> str:
     bars = (figure.deviation or 0) + (best.deviation or 0)
-    return f"**{figure.text(1)}**" if figure.mean + bars >= best.mean else figure.text(1)
+    marked = f"**{figure.text(1)}**" if figure.mean + bars >= best.mean else figure.text(1)
+    return marked + behind + ("" if figure.seeds == seeds else f" n={figure.seeds}")
