@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import InvalidArgument, InvalidTarget
+from .errors import InfeasibleBudget, InvalidArgument, InvalidTarget
 from .planning import Choice, choose
 from .report.inspection import Inspection
 from .report.latency import CLOSE, Latency
@@ -20,7 +20,7 @@ from .search.measure import OutputFn
 from .search.solve import quickest, too_slow
 from .search.timetable import SiteTimes, Timetable, described
 from .search.timing import measure_times
-from .stopwatch import Samples, interleaved
+from .stopwatch import Samples, inside, interleaved
 from .workbench import hookless_copy, usable_device
 
 CORRECTIONS = 3
@@ -111,6 +111,15 @@ class Stopwatch:
         calls = {name: partial(model, self.inputs) for name, model in models.items()}
         return interleaved(calls, self.device, rounds, what="time", progress=self.progress)
 
+    def shares(self, hybrid: nn.Module, paths: Sequence[str]) -> dict[str, float]:
+        """What modules of a hybrid take where they stand, over the original's; none on a GPU, which does not tell."""
+        if self.device.type != "cpu":
+            return {}
+        networks = {"original": self.original, "hybrid": self.ready(hybrid)}
+        samples = inside(networks, paths, self.inputs, _ROUNDS, progress=self.progress)
+        pairs = {path: (f"hybrid {path}", f"original {path}") for path in paths}
+        return {path: samples.ratio(*pair) for path, pair in pairs.items() if samples.seconds.keys() >= set(pair)}
+
     def compare(self, hybrid: nn.Module) -> Latency:
         """What a hybrid, which is not touched, takes beside the original."""
         return self.report(self.beside(hookless_copy(hybrid), _GLANCE))
@@ -170,8 +179,9 @@ def choose_in_time(
 ) -> tuple[Choice, Latency]:
     """Solve for the time allowed, measure the network, and solve again for what its error says, at most three times.
 
-    Modules timed by themselves are a little faster or slower than in the network. What the network gained over what was
-    promised corrects the time that the solver may give out.
+    Modules timed by themselves are a little faster or slower than in the network, and some kinds more than others. What
+    the modules take in the network corrects the times of their kinds, and what is left of the error the time that the
+    solver may give out.
 
     Args:
         work: the original, float32, eval.
@@ -186,13 +196,19 @@ def choose_in_time(
         InfeasibleBudget: the target lies below the floor of the calibration's options.
     """
     sites, allowed, (value, fraction) = list(calibration.options()), parse_latency(target, times.base), _read(target)
-    floor = quickest(calibration.settings(), calibration.options(), times.limit(sites, allowed))
     tried: list[tuple[Choice, Latency]] = []
-    measured: list[tuple[float, float]] = []
     while True:
         limit = times.limit(sites, allowed)
-        choice = choose(work, calibration, flops, limit=limit, progress=watch.progress, output_fn=output_fn)
-        found, predicted = watch.report(watch.beside(build(choice))), times.total(choice.choices)
+        try:
+            choice = choose(work, calibration, flops, limit=limit, progress=watch.progress, output_fn=output_fn)
+        except InfeasibleBudget:
+            if not tried:
+                raise
+            break  # by what is known now, and both budgets together
+        if any(_same(choice, other) for other, _ in tried):
+            break
+        hybrid = build(choice)
+        found, predicted = watch.report(watch.beside(hybrid)), times.total(choice.choices)
         ratio, before = found.ratio, found.before.seconds
         wanted = value if fraction else value / before
         known = {
@@ -205,13 +221,17 @@ def choose_in_time(
         unlimited = latency.off < 0 and predicted < (1 - CLOSE) * allowed  # what is left would not be used
         if _missed(latency) <= 1 or unlimited or len(tried) > CORRECTIONS:
             break
-        measured.append((allowed / times.base, ratio))
-        corrected = max(times.base * _corrected(measured, wanted), 1.001 * floor)
-        if corrected == allowed:
-            break
-        allowed = corrected
+        times = times.seen(choice.choices, watch.shares(hybrid, sites))
+        measured = [(times.total(each.choices) / times.base, latency.ratio) for each, latency in tried]
+        floor = quickest(calibration.settings(), calibration.options(), times.limit(sites, allowed))
+        allowed = max(times.base * _corrected(measured, wanted), 1.001 * floor)
     choice, best = min(tried, key=lambda each: _missed(each[1]))
     return choice, best.model_copy(update={"attempts": tried[-1][1].attempts})
+
+
+def _same(one: Choice, other: Choice) -> bool:
+    names = [{path: option.name for path, option in choice.choices.items()} for choice in (one, other)]
+    return names[0] == names[1]
 
 
 def _missed(latency: Latency) -> float:
@@ -223,7 +243,7 @@ def _corrected(measured: Sequence[tuple[float, float]], wanted: float) -> float:
     """The share of the original's time to allow next.
 
     Args:
-        measured: (share that the solver was allowed, share measured) of every attempt.
+        measured: (share predicted by what is known now, share measured) of every attempt.
         wanted: the share that is to be measured.
     """
     slower = [pair for pair in measured if pair[1] > wanted]

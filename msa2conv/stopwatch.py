@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
 
 from .progress import track
 
@@ -56,6 +57,7 @@ def interleaved(
     rounds: int = 15,
     *,
     repeated: bool = True,
+    ahead: Callable[[], Any] | None = None,
     what: str = "time",
     progress: bool = False,
 ) -> Samples:
@@ -66,12 +68,15 @@ def interleaved(
         device: where it runs; waited for around every sample.
         rounds: samples of each call, after two that warm up.
         repeated: let a sample of a quick call be the mean of several in a row; what it reads is then in a cache.
+        ahead: called before every sample, and not timed: what is usually called before.
         what, progress: a bar.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     repeats = dict.fromkeys(calls, 1)
     for turn in track(range(WARM_UP + rounds), what, progress):
         for name, call in calls.items():
+            if ahead is not None:
+                ahead()
             _wait(device)
             started = time.perf_counter()
             for _ in range(repeats[name]):
@@ -85,6 +90,51 @@ def interleaved(
     return Samples(samples)
 
 
+@torch.no_grad()
+def inside(
+    networks: Mapping[str, nn.Module],
+    paths: Iterable[str],
+    inputs: Tensor,
+    rounds: int = 15,
+    *,
+    what: str = "time",
+    progress: bool = False,
+) -> Samples:
+    """Time modules where they stand, in networks that take turns. On a CPU: a GPU is not done when a module returns.
+
+    Args:
+        networks: what to run.
+        paths: of modules in them; "" is the network itself.
+        inputs: a batch.
+        rounds: samples of each module, after two that warm up.
+        what, progress: a bar.
+
+    Returns:
+        {"network path": seconds}, without modules that a network has not, or does not call once.
+    """
+    samples: dict[str, list[float]] = {}
+    handles: list[Any] = []
+
+    def watch(name: str, module: nn.Module) -> None:
+        found, started = samples.setdefault(name, []), list[float]()
+        handles.append(module.register_forward_pre_hook(lambda *_: started.append(time.perf_counter())))
+        handles.append(module.register_forward_hook(lambda *_: found.append(time.perf_counter() - started.pop())))
+
+    try:
+        for network, model in networks.items():
+            modules = dict(model.named_modules(remove_duplicate=False))
+            for path in paths:
+                if path in modules:
+                    watch(f"{network} {path}", modules[path])
+        for _ in track(range(WARM_UP + rounds), what, progress):
+            for model in networks.values():
+                model(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Samples({name: found[WARM_UP:] for name, found in samples.items() if len(found) == WARM_UP + rounds})
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -92,4 +142,4 @@ def _wait(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-__all__ = ["Samples", "Timing", "interleaved"]
+__all__ = ["Samples", "Timing", "inside", "interleaved"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,19 @@ def test_a_network_that_is_slower_or_faster_than_its_modules_is_corrected(
     assert latency is not None and 2 <= len(latency.attempts) <= 4
     assert latency.ratio == pytest.approx(slower * ratio(result)) == pytest.approx(0.75, rel=0.05)
     assert not -0.05 <= latency.attempts[0] / 0.75 - 1 <= 0.02 and -0.05 <= latency.off <= 0.02
+
+
+def test_one_kind_that_is_slower_in_the_network_is_corrected_and_not_the_others(
+    calibration: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, Clock(in_networks={"AttendMixer": 1.6}))
+    model = vit(**WIDE)
+    own = replace(calibration, stream=None)
+    result = convert(model, latency_target=0.7, calibration=own, progress=False)
+    latency = result.report.latency
+    assert latency is not None and latency.predicted is not None
+    assert len(latency.attempts) == 2 and latency.attempts[0] > 0.72, "one look at the network says it all"
+    assert latency.ratio == pytest.approx(latency.predicted, rel=0.01) == pytest.approx(0.7, rel=0.05)
 
 
 def test_what_no_correction_reaches_is_said(calibration: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from statistics import mean
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -71,23 +74,49 @@ class SiteTimes:
     Args:
         base: of the whole original.
         hosts: {site path: of its module}.
-        options: {(site path, option name, tokens it sees or None): of it}.
+        options: {(site path, option name, tokens it sees or None): of it, by itself}.
+        kinds: {(site path, option name): what it does, whatever its sizes; "": nothing}.
         beside: {site path: of what stands beside it in its residual line}, of sites in a stream.
         tokens: {site path: how many it sees in the network as it is}, of the same.
         drops: {(patches before, patches after): of merging them, and restoring the grid}.
+        slower: {kind: time in a network over that by itself}, of those that were seen in one.
         table: all that was measured, for further runs.
     """
 
     base: float
     hosts: dict[str, float]
     options: dict[tuple[str, str, int | None], float]
+    kinds: dict[tuple[str, str], str] = field(default_factory=dict)
     beside: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     drops: dict[tuple[int, int], float] = field(default_factory=dict)
+    slower: dict[str, float] = field(default_factory=dict)
     table: Timetable | None = field(default=None, repr=False)
 
     def of(self, option: Option) -> float:
-        return self.options[option.site, option.name, option.tokens]
+        alone = self.options[option.site, option.name, option.tokens]
+        kind = self.kinds.get((option.site, option.name), "")
+        return alone * (self.slower.get(kind, self._usually) if kind else 1.0)
+
+    @cached_property
+    def _usually(self) -> float:
+        """Of kinds that no network has shown; not quicker than by themselves, or the next plan would be all theirs."""
+        return max(1.0, mean(self.slower.values())) if self.slower else 1.0
+
+    def seen(self, choices: Mapping[str, Option], shares: Mapping[str, float]) -> SiteTimes:
+        """Corrected by what modules take in a network, kind by kind: some are slower there than by themselves.
+
+        Args:
+            choices: of the network.
+            shares: {site path: time of its module in there over that of the original's}.
+        """
+        alone, there = defaultdict[str, float](float), defaultdict[str, float](float)
+        for path, share in shares.items():
+            kind = self.kinds.get((path, choices[path].name), "")
+            if kind:
+                alone[kind] += self.options[path, choices[path].name, choices[path].tokens]
+                there[kind] += share * self.hosts[path]
+        return replace(self, slower=self.slower | {kind: there[kind] / alone[kind] for kind in alone if alone[kind]})
 
     def of_setting(self, setting: Setting) -> float:
         return 0.0 if setting.option is None else self._merging(setting.option(), setting.tokens)

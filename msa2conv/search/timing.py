@@ -1,10 +1,11 @@
 """Time what may be chosen, module by module.
 
-Modules are timed by themselves, at the batch size that counts, on inputs caught in a forward pass of the network. All
-that is kept are ratios of calls that took turns: of a site's module to the network, and of its options to the module;
-so that a machine that is slower at one time than at another does not matter. Sites of one geometry share their times,
-and of options that differ in one size only (hidden units, for example) a few are measured and the others interpolated
-in their FLOPs.
+The modules of the original are timed where they stand (on a GPU, which runs on while modules return, by themselves),
+options by themselves, behind a module that usually is in front of them, on inputs caught in a forward pass. All that
+is kept are ratios of calls that took turns: of a site's module to the network, and of its options to
+the module; so that a machine that is slower at one time than at another does not matter. Sites of one geometry share
+their times, and of options that differ in one size only (hidden units, for example) a few are measured and the others
+interpolated in their FLOPs.
 
 Shape suffixes: B batch, N tokens, C channels.
 """
@@ -27,7 +28,7 @@ from ..options import Option
 from ..plan import Edit, Replace, Slice, Wrap
 from ..settings import Setting, on_tokens
 from ..sites import AttentionSite, Claims, Site, StreamSite
-from ..stopwatch import interleaved
+from ..stopwatch import inside, interleaved
 from ..stream import Drop, Line, Stream
 from ..transforms.lift import edited
 from .timetable import SiteTimes, Timetable, steps
@@ -63,10 +64,8 @@ def measure_times(
     blocks = [] if merging is None else [f"{merging.path}.{name}" for name, _, _ in merging.blocks]
     caught = _catch(model, ["", *sites, *blocks], inputs)
     bench = _Bench(table, inputs.device, rounds, progress, [str(inputs.dtype), *map(str, inputs.shape)])
-    parts = {caught[path].key: partial(_called, model, path, caught[path]) for path in ("", *sites, *blocks)}
-    whole = caught[""].key
-    shares = bench.ratios(whole, parts)
-    base = bench.seconds(parts[whole])
+    shares = bench.shares(model, caught, inputs)
+    base = bench.seconds(partial(_called, model, "", caught[""]))
     hosts = {path: base * shares[caught[path].key] for path in sites}
     alike: dict[str, list[str]] = {}
     for path in sites:
@@ -79,17 +78,21 @@ def measure_times(
             for tokens in {None, *(setting.tokens.get(path) for setting in settings)}
             for option in on_tokens(options[path], tokens)
         ]
-        ratios = _options(bench, model, claims, sites, caught, paths[0], group)
+        ahead = _in_front(model, sites, caught, paths[0])
+        ratios = _options(bench, model, claims, sites, caught, paths[0], group, ahead)
         for path, option in group:
             found[path, option.name, option.tokens] = hosts[path] * ratios[_signature(sites[path], option)]
+    kinds = {(path, option.name): _kind(sites[path], option) for path in sites for option in options[path]}
     if merging is None:
-        return SiteTimes(base, hosts, found, table=bench.table)
+        return SiteTimes(base, hosts, found, kinds, table=bench.table)
     beside: dict[str, float] = {}
     for block, (_, *inner) in zip(blocks, merging.blocks, strict=True):  # half of the rest on the account of each
         rest = base * shares[caught[block].key] - sum(hosts[path] for path in inner)
         beside |= dict.fromkeys(inner, max(0.0, rest) / 2)
-    drops = _drops(bench, model, merging, settings, caught, hosts)
-    return SiteTimes(base, hosts, found, beside, merging.tokens(()), drops, bench.table)
+    first = merging.blocks[0][1]
+    drops = _drops(bench, model, merging, settings, caught[first], _in_front(model, sites, caught, first))
+    drops = {pair: hosts[first] * ratio for pair, ratio in drops.items()}
+    return SiteTimes(base, hosts, found, kinds, beside, merging.tokens(()), drops, table=bench.table)
 
 
 @dataclass(frozen=True)
@@ -149,20 +152,45 @@ class _Bench:
     def table(self) -> Timetable:
         return Timetable(device=self.device, entries=self.entries)
 
-    def ratios(self, anchor: str, calls: Mapping[str, Ready], where: str = "") -> dict[str, float]:
+    def _keys(self, *where: str, names: Iterable[str]) -> dict[str, str]:
+        texts = {name: json.dumps([*self.context, *where, name]) for name in names}
+        return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+
+    def shares(self, model: nn.Module, caught: Mapping[str, _Caught], inputs: Tensor) -> dict[str, float]:
+        """Times of modules over that of the network, {geometry: share}."""
+        if self.where.type != "cpu":
+            calls: dict[str, Ready] = {each.key: partial(_called, model, path, each) for path, each in caught.items()}
+            return self.ratios(caught[""].key, calls)
+        alike: dict[str, list[str]] = {}
+        for path, each in caught.items():
+            alike.setdefault(each.key, []).append(path)
+        keys = self._keys("in the network", caught[""].key, names=alike)
+        if not self.entries.keys() >= set(keys.values()):
+            samples = inside(
+                {"": model}, caught, inputs, self.rounds, what="time modules in the network", progress=self.progress
+            )
+            for geometry, paths in alike.items():
+                found = [samples.ratio(f" {path}", " ") for path in paths if f" {path}" in samples.seconds]
+                self.entries[keys[geometry]] = float(np.mean(found))
+        return {geometry: self.entries[key] for geometry, key in keys.items()}
+
+    def ratios(
+        self, anchor: str, calls: Mapping[str, Ready], where: str = "", ahead: Ready | None = None
+    ) -> dict[str, float]:
         """Times of calls over that of one of them, `anchor`."""
-        texts = {name: json.dumps([*self.context, where, anchor, name]) for name in calls}
-        keys = {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+        keys = self._keys(where, anchor, names=calls)
         missing = {name: calls[name]() for name, key in keys.items() if key not in self.entries}
         if missing:
             missing[anchor] = calls[anchor]()
-            # On a CPU one by one: in a network, too, a module finds its weights in memory and not in a cache. On a GPU
-            # in a row, as the kernels of a network follow each other.
+            # On a CPU one by one, behind something else: in a network, too, a module finds neither its weights nor its
+            # code in a cache. On a GPU in a row, as the kernels of a network follow each other.
+            alone = self.where.type == "cpu"
             samples = interleaved(
                 missing,
                 self.where,
                 self.rounds,
-                repeated=self.where.type != "cpu",
+                repeated=not alone,
+                ahead=ahead() if alone and ahead is not None else None,
                 what="time modules",
                 progress=self.progress,
             )
@@ -179,6 +207,15 @@ def _called(model: nn.Module, path: str, call: _Caught) -> Callable[[], Any]:
     return partial(model.get_submodule(path), *call.args, **call.kwargs)
 
 
+def _in_front(model: nn.Module, sites: Mapping[str, Site], caught: Mapping[str, _Caught], first: str) -> Ready | None:
+    """The nearest module of another geometry, if there is one: the FFN before an attention, the attention before it."""
+    order = list(sites)
+    place = order.index(first)
+    others = (path for path in (*order[:place][::-1], *order[place:]) if caught[path].key != caught[first].key)
+    path = next(others, None)
+    return None if path is None else partial(_called, model, path, caught[path])
+
+
 def _options(
     bench: _Bench,
     model: nn.Module,
@@ -187,6 +224,7 @@ def _options(
     caught: Mapping[str, _Caught],
     first: str,
     group: Sequence[tuple[str, Option]],
+    ahead: Ready | None,
 ) -> dict[str, float]:
     """{signature: time over the host's} of the options of sites of the geometry of the `first`."""
     distinct = {_signature(sites[path], option): (path, option) for path, option in group}
@@ -205,7 +243,7 @@ def _options(
         path, option = distinct[signature]
         calls[signature] = partial(_ready, model, claims, sites[path], caught[path], option)
     calls[_AS_IT_IS] = partial(_called, model, first, caught[first])
-    ratios = bench.ratios(_AS_IT_IS, calls, caught[first].key)
+    ratios = bench.ratios(_AS_IT_IS, calls, caught[first].key, ahead)
     for signatures in curves.values():
         known = [signature for signature in signatures if signature in ratios]
         flops = [distinct[signature][1].flops for signature in known]
@@ -237,6 +275,12 @@ def _signature(site: Site, option: Option, sizes: bool = True) -> str:
     return json.dumps([option.tokens, [_edit(site, edit, sizes) for edit in option.edits]])
 
 
+def _kind(site: Site, option: Option) -> str:
+    """What an option does, whatever its sizes; "" if it leaves the module as it is."""
+    done = {getattr(getattr(edit, "spec", None), "kind", edit.kind) for edit in option.edits}
+    return " ".join([type(site).__name__, *sorted(done)]) if done else ""
+
+
 def _edit(site: Site, edit: Edit, sizes: bool) -> Any:
     path = edit.path.removeprefix(site.path)
     if isinstance(edit, Replace):
@@ -253,18 +297,17 @@ def _drops(
     model: nn.Module,
     stream: StreamSite,
     settings: Sequence[Setting],
-    caught: Mapping[str, _Caught],
-    hosts: Mapping[str, float],
+    call: _Caught,
+    ahead: Ready | None,
 ) -> dict[tuple[int, int], float]:
-    """Seconds of merging so many patches of a group into so many, and of restoring the grid."""
+    """Times of merging so many patches into so many, and of restoring the grid, over the first attention's."""
     pairs = {pair for setting in settings if setting.option is not None for pair in steps(setting.option())}
-    first = stream.blocks[0][1]
-    tokens = caught[first].args[0]
+    tokens = call.args[0]
     calls: dict[str, Ready] = {str(pair): partial(_ready_to_drop, stream.stream, *pair, tokens) for pair in pairs}
-    calls[_AS_IT_IS] = partial(_called, model, first, caught[first])
-    text = f"merging {stream.stream.prefix} {stream.stream.groups} {caught[first].key}"
-    ratios = bench.ratios(_AS_IT_IS, calls, text)
-    return {pair: hosts[first] * ratios[str(pair)] for pair in pairs}
+    calls[_AS_IT_IS] = partial(_called, model, stream.blocks[0][1], call)
+    text = f"merging {stream.stream.prefix} {stream.stream.groups} {call.key}"
+    ratios = bench.ratios(_AS_IT_IS, calls, text, ahead)
+    return {pair: ratios[str(pair)] for pair in pairs}
 
 
 def _ready_to_drop(stream: Stream, before: int, after: int, x_BNC: Tensor) -> Callable[[], Any]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from msa2conv import stopwatch
-from msa2conv.stopwatch import Samples, interleaved
+from msa2conv.stopwatch import Samples, inside, interleaved
 
 CPU = torch.device("cpu")
 
@@ -42,3 +42,47 @@ def test_nothing_is_recorded_for_autograd() -> None:
     layer, seen = torch.nn.Linear(2, 2), []
     interleaved({"": lambda: seen.append(layer(torch.ones(1, 2)).requires_grad)}, CPU, rounds=1)
     assert not any(seen)
+
+
+def test_what_is_called_ahead_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, called = [0.0], []
+
+    def call(name: str, seconds: float) -> None:
+        called.append(name)
+        now[0] += seconds
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    calls = {"one": lambda: call("one", 0.25), "two": lambda: call("two", 0.5)}
+    samples = interleaved(calls, CPU, rounds=2, repeated=False, ahead=lambda: call("ahead", 8.0))
+    assert samples.seconds == {"one": [0.25, 0.25], "two": [0.5, 0.5]}
+    assert called == ["ahead", "one", "ahead", "two"] * (stopwatch.WARM_UP + 2)
+
+
+class Takes(torch.nn.Module):
+    """Takes so many seconds, beside what its modules take."""
+
+    def __init__(self, now: list[float], own: float, times: int = 1, **modules: torch.nn.Module) -> None:
+        super().__init__()
+        self.now, self.own, self.times = now, own, times
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.now[0] += self.own
+        for _ in range(self.times):
+            for module in self.children():
+                x = module(x)
+        return x
+
+
+def test_modules_are_timed_where_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    one = Takes(now, 1.0, a=Takes(now, 2.0, inner=Takes(now, 4.0)), twice=Takes(now, 0.5, 2, x=Takes(now, 0.25)))
+    networks = {"one": one, "two": Takes(now, 1.0, a=Takes(now, 3.0))}
+    samples = inside(networks, ["", "a", "a.inner", "twice.x", "nowhere"], torch.ones(1), rounds=3)
+    assert samples.seconds == {
+        "one ": [8.0] * 3, "one a": [6.0] * 3, "one a.inner": [4.0] * 3, "two ": [4.0] * 3, "two a": [3.0] * 3,
+    }, "neither what a network has not, nor what it calls twice"  # fmt: skip
+    assert samples.ratio("two a", "one a") == 0.5
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in one.modules())

@@ -94,6 +94,25 @@ def test_what_was_timed_once_is_not_timed_again(monkeypatch: pytest.MonkeyPatch,
     assert len(clock.timed) > 10, "another batch is another time"
 
 
+def test_kinds_that_are_slower_in_a_network_are_slower_from_then_on() -> None:
+    names = ("as it is", "thin", "thinner", "other")
+    times = SiteTimes(
+        10.0, {"a": 2.0, "b": 2.0},
+        {(site, name, None): seconds for site in "ab" for name, seconds in zip(names, (2, 1.5, 1, 0.5), strict=True)},
+        {(site, name): kind for site in "ab" for name, kind in zip(names, ("", "thin", "thin", "other"), strict=True)},
+    )  # fmt: skip
+    thin, thinner, other, host = (Option("a", name, 0) for name in ("thin", "thinner", "other", "as it is"))
+    seen = times.seen({"a": thin, "b": Option("b", "thinner", 0)}, {"a": 0.9, "b": 0.6})  # 1.8 and 1.2 of 2
+    assert (seen.of(host), seen.of(thin), seen.of(thinner)) == pytest.approx((2.0, 1.8, 1.2))
+    assert seen.of(other) == pytest.approx(0.6), "what no network has shown is as much slower as others"
+    assert seen.total({"a": thin, "b": Option("b", "other", 0)}) == pytest.approx(10 - 4 + 1.8 + 0.6)
+    quicker = times.seen({"a": thin}, {"a": 0.6})
+    assert (quicker.of(thin), quicker.of(other)) == pytest.approx((1.2, 0.5)), "but never quicker"
+    both = quicker.seen({"a": other}, {"a": 0.5})
+    assert (both.of(thin), both.of(other)) == pytest.approx((1.2, 1.0)), "what was seen is kept"
+    assert times.of(thin) == 1.5 and times.seen({"a": host}, {"a": 0.5}).of(thin) == 1.5
+
+
 def test_times_of_another_device_are_not_used_and_other_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "times.json"
     Timetable(device="another", entries={"x": 1.0}).save(path)
