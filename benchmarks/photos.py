@@ -47,7 +47,7 @@ def main() -> None:
 
     def figures(result: msa2conv.Conversion) -> dict[str, Any]:
         found = outputs(result.model.eval(), x)
-        return {**against(reference, found, y), "KL": round(distance(reference, found, "kl"), 4)}
+        return {**against(reference, found, y), "KL": float(f"{distance(reference, found, 'kl'):.3g}")}
 
     for source in args.sources:
         data: Tensor | None

@@ -158,19 +158,22 @@ class _Bench:
 
     def shares(self, model: nn.Module, caught: Mapping[str, _Caught], inputs: Tensor) -> dict[str, float]:
         """Times of modules over that of the network, {geometry: share}."""
+        calls: dict[str, Ready] = {each.key: partial(_called, model, path, each) for path, each in caught.items()}
+        whole = caught[""].key
         if self.where.type != "cpu":
-            calls: dict[str, Ready] = {each.key: partial(_called, model, path, each) for path, each in caught.items()}
-            return self.ratios(caught[""].key, calls)
+            return self.ratios(whole, calls)
         alike: dict[str, list[str]] = {}
         for path, each in caught.items():
             alike.setdefault(each.key, []).append(path)
-        keys = self._keys("in the network", caught[""].key, names=alike)
+        keys = self._keys("in the network", whole, names=alike)
         if not self.entries.keys() >= set(keys.values()):
             samples = inside(
                 {"": model}, caught, inputs, self.rounds, what="time modules in the network", progress=self.progress
             )
             for geometry, paths in alike.items():
                 found = [samples.ratio(f" {path}", " ") for path in paths if f" {path}" in samples.seconds]
+                if not found:  # called several times in a forward pass
+                    found = [self.ratios(whole, {each: calls[each] for each in (whole, geometry)})[geometry]]
                 self.entries[keys[geometry]] = float(np.mean(found))
         return {geometry: self.entries[key] for geometry, key in keys.items()}
 

@@ -15,6 +15,7 @@ from torch import nn
 import msa2conv
 from msa2conv import Calibration, Option
 from msa2conv.errors import InvalidCheckpoint
+from msa2conv.search import timing
 from msa2conv.search.timetable import SiteTimes, Timetable
 from msa2conv.search.timing import measure_times
 from msa2conv.settings import inside
@@ -92,6 +93,26 @@ def test_what_was_timed_once_is_not_timed_again(monkeypatch: pytest.MonkeyPatch,
     assert (second.hosts, second.options, second.drops) == (first.hosts, first.options, first.drops)
     timed(vit(), calibration, batch=3, table=Timetable.of(DEVICE, path))
     assert len(clock.timed) > 10, "another batch is another time"
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.once, self.again = nn.Linear(64, 64), nn.Linear(64, 64, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.again(self.again(self.once(x)))
+
+
+def test_what_a_network_calls_twice_is_timed_by_itself() -> None:
+    model = Twice().eval()
+    inputs = torch.randn(64, 64)
+    caught = timing._catch(model, ["", "once", "again"], inputs)
+    bench = timing._Bench(Timetable(device="here"), DEVICE, 3, False, [])
+    shares = bench.shares(model, caught, inputs)
+    assert shares.keys() == {each.key for each in caught.values()}
+    assert all(0 < share < 10 for share in shares.values())
+    assert shares == bench.shares(model, caught, inputs), "kept"
 
 
 def test_kinds_that_are_slower_in_a_network_are_slower_from_then_on() -> None:
