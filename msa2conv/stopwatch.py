@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
@@ -93,7 +93,7 @@ def interleaved(
 @torch.no_grad()
 def inside(
     networks: Mapping[str, nn.Module],
-    paths: Iterable[str],
+    paths: Collection[str],
     inputs: Tensor,
     rounds: int = 15,
     *,
