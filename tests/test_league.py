@@ -277,6 +277,25 @@ def test_one_image_whose_class_depends_on_the_batch_is_enough() -> None:
         rules.check_batch_invariance(Undecided().eval(), images, labels)
 
 
+class Rounds(Undecided):
+    """Answers otherwise in a batch, but in float32 alone, as rounding does at a tie."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)[:, :10] + (len(x) > 1) * (x.dtype == torch.float32) + 0 * self.bias
+
+
+def test_rounding_in_float32_is_no_dependence_on_the_batch() -> None:
+    images = torch.rand(128, 1, 4, 4)
+    found = rules.check_batch_invariance(Rounds().eval(), images, images.flatten(1)[:, :10].argmax(1))
+    assert (found["images"], found["moved"], found["accuracy"]) == (128, 0, 100)
+
+
+def test_where_every_merge_is_a_tie_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "decision_margins", lambda model, images: torch.zeros(len(images)))
+    found = rules.check_batch_invariance(Undecided().eval(), torch.rand(8, 1, 4, 4), torch.zeros(8, dtype=torch.long))
+    assert (found["images"], found["undecided"], found["accuracy"]) == (0, 1, 0)
+
+
 def test_counters_that_disagree() -> None:
     with pytest.raises(rules.RuleBroken, match=r"FLOPs: found 1,000 multiply-adds by msa2conv, 1,100 by torch"):
         rules.check_counters(1000, 1100)

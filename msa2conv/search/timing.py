@@ -2,10 +2,10 @@
 
 The modules of the original are timed where they stand (on a GPU, which runs on while modules return, by themselves),
 options by themselves, behind a module that usually is in front of them, on inputs caught in a forward pass. All that
-is kept are ratios of calls that took turns: of a site's module to the network, and of its options to
-the module; so that a machine that is slower at one time than at another does not matter. Sites of one geometry share
-their times, and of options that differ in one size only (hidden units, for example) a few are measured and the others
-interpolated in their FLOPs.
+is kept are ratios of calls that took turns: of a site's module to the network, and of its options to the module; so
+that a machine that is slower at one time than at another does not matter. Sites of one geometry share their times, and
+of options that differ in one size only (hidden units, for example) a few are measured and the others interpolated in
+their FLOPs.
 
 Shape suffixes: B batch, N tokens, C channels.
 """

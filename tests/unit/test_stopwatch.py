@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,6 +14,25 @@ from msa2conv.stopwatch import Samples, inside, interleaved
 CPU = torch.device("cpu")
 
 
+Calls = tuple[Callable[[str, float], Callable[[], None]], list[str]]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """(what makes a call that takes so many seconds, the names of those that were called)."""
+    now, called = [0.0], list[str]()
+
+    def make(name: str, seconds: float) -> Callable[[], None]:
+        def call() -> None:
+            called.append(name)
+            now[0] += seconds
+
+        return call
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    return make, called
+
+
 def test_median_spread_and_ratio() -> None:
     samples = Samples({"a": [1.0, 2.0, 3.0, 4.0, 10.0], "b": [2.0, 4.0, 6.0, 8.0, 20.0]})
     assert samples.timing("a").seconds == 3.0
@@ -21,16 +41,9 @@ def test_median_spread_and_ratio() -> None:
     assert Samples({"a": [2.0]}).timing("a").spread == 0.0
 
 
-def test_calls_take_turns_and_quick_ones_are_repeated_within_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, called = [0.0], []
-
-    def call(name: str, seconds: float) -> None:
-        called.append(name)
-        now[0] += seconds
-
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    calls = {"quick": lambda: call("quick", 0.0005), "slow": lambda: call("slow", 0.01)}
-    samples = interleaved(calls, CPU, rounds=3)
+def test_calls_take_turns_and_quick_ones_are_repeated_within_a_sample(calls: Calls) -> None:
+    make, called = calls
+    samples = interleaved({"quick": make("quick", 0.0005), "slow": make("slow", 0.01)}, CPU, rounds=3)
     assert samples.seconds["quick"] == pytest.approx([0.0005] * 3)
     assert samples.seconds["slow"] == pytest.approx([0.01] * 3)
     warm, rest = called[: 2 * stopwatch.WARM_UP], called[2 * stopwatch.WARM_UP :]
@@ -44,16 +57,10 @@ def test_nothing_is_recorded_for_autograd() -> None:
     assert not any(seen)
 
 
-def test_what_is_called_ahead_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, called = [0.0], []
-
-    def call(name: str, seconds: float) -> None:
-        called.append(name)
-        now[0] += seconds
-
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    calls = {"one": lambda: call("one", 0.25), "two": lambda: call("two", 0.5)}
-    samples = interleaved(calls, CPU, rounds=2, repeated=False, ahead=lambda: call("ahead", 8.0))
+def test_what_is_called_ahead_is_not_timed(calls: Calls) -> None:
+    make, called = calls
+    pair = {"one": make("one", 0.25), "two": make("two", 0.5)}
+    samples = interleaved(pair, CPU, rounds=2, repeated=False, ahead=make("ahead", 8.0))
     assert samples.seconds == {"one": [0.25, 0.25], "two": [0.5, 0.5]}
     assert called == ["ahead", "one", "ahead", "two"] * (stopwatch.WARM_UP + 2)
 
