@@ -21,13 +21,14 @@ from torch import Tensor, nn
 import msa2conv
 from msa2conv.errors import InfeasibleBudget
 from msa2conv.files import write_text
-from msa2conv.levers import DEFAULT
+from msa2conv.levers import DEFAULT, EVERY
 from msa2conv.search.measure import distance, outputs
 
 from .common import against, packed_photos, split, vit_tiny, write
 from .rivals.token_merging import constant, token_merging
 
-ALL = (*DEFAULT, "merge_tokens")
+ALL = EVERY
+WIDTH = msa2conv.Width(keep=(0.875, 0.75))
 VARIANTS = {
     "the default": DEFAULT,
     "all": ALL,
@@ -35,6 +36,9 @@ VARIANTS = {
     **{f"default but {name}": tuple(other for other in DEFAULT if other != name) for name in DEFAULT},
     "all but merge_in_site": tuple(name for name in ALL if name != "merge_in_site"),
     "mixer and ffn": ("mixer", "ffn"),
+    "width alone": ("width",),
+    "width and ffn": ("width", "ffn"),
+    "width and the default": ("width", *DEFAULT),
 }
 MERGED_A_BLOCK = {0.9: 3, 0.8: 6, 0.7: 9, 0.6: 12, 0.5: 16}  # r of token merging that takes as much or a little more
 
@@ -83,9 +87,9 @@ def main() -> None:
 def note(fit: int, held_out: int, top1: float) -> str:
     return f"""ViT-Ti/16 (timm augreg_in21k_ft_in1k), calibrated on {fit} ImageNet validation photos, evaluated on
     {held_out} others (original {top1:.1f}), not trained. Lost: points of top-1 that the original is ahead, with the
-    95 % interval of the paired difference; KL to its answers separates more finely. Through the network: patches left
-    of 196, and behind the attention of which block. Token merging (Bolya et al.) is the rival; its r is the same in
-    every block but the last."""
+    95 % interval of the paired difference; KL to its answers separates more finely. Through the network: channels that
+    are left, or patches of 196 and behind the attention of which block. Token merging (Bolya et al.) is the rival; its
+    r is the same in every block but the last."""
 
 
 def order(variant: str) -> int:
@@ -97,7 +101,7 @@ def calibrated(model: nn.Module, images: Tensor | None, path: Path | None, seed:
         calibration = msa2conv.Calibration.load(path, msa2conv.inspect(model).claims)
         calibration.check_model(model)
         return calibration
-    calibration = msa2conv.calibrate(model, images, levers=ALL, seed=seed)
+    calibration = msa2conv.calibrate(model, images, levers=(*ALL, WIDTH), seed=seed)
     if path is not None:
         calibration.save(path)
     return calibration
@@ -106,13 +110,19 @@ def calibrated(model: nn.Module, images: Tensor | None, path: Path | None, seed:
 def restricted(calibration: msa2conv.Calibration, levers: Collection[str]) -> msa2conv.Calibration:
     """With the options of these levers only."""
     records = [record for record in calibration.records if record.state()[0]["lever"] in levers]
-    return replace(calibration, records=records, stream=calibration.stream if "merge_tokens" in levers else None)
+    narrower = [replace(each, calibration=restricted(each.calibration, levers)) for each in calibration.narrower]
+    return replace(
+        calibration,
+        records=records,
+        stream=calibration.stream if "merge_tokens" in levers else None,
+        narrower=narrower if "width" in levers else [],
+    )
 
 
 def hybrids(
     model: nn.Module, calibration: msa2conv.Calibration, target: float, variants: list[str], plans: Path | None
 ) -> Iterator[tuple[str, nn.Module, str]]:
-    """(variant, its hybrid, how it merges through the network) of every variant that can reach the budget."""
+    """(variant, its hybrid, what it does to the whole network) of every variant that can reach the budget."""
     seen = msa2conv.inspect(model)
     for variant in variants:
         own = restricted(calibration, VARIANTS[variant])
@@ -123,7 +133,8 @@ def hybrids(
         plan, tensors = msa2conv.make_plan(model, seen, choice.choices)
         if plans is not None:
             write_text(plans / f"{target} {variant}.json", plan.model_dump_json(indent=1) + "\n")
-        yield variant, msa2conv.apply(plan, model, tensors).eval(), plan.choices.get("blocks", "")
+        whole = (plan.choices.get(path, "") for path in ("", "blocks"))
+        yield variant, msa2conv.apply(plan, model, tensors).eval(), ", ".join(filter(None, whole))
 
 
 def rival(model: nn.Module, target: float) -> Iterator[tuple[str, nn.Module, str]]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         MergeTokens as MergeTokens,
         Mixer as Mixer,
         ThinAttention as ThinAttention,
+        Width as Width,
     )
     from .observation import observe as observe
     from .options import Option as Option
@@ -66,6 +67,7 @@ _WHERE = {
     "MergeTokens": "levers",
     "Mixer": "levers",
     "ThinAttention": "levers",
+    "Width": "levers",
     "Gates": "search.gates",
     "Option": "options",
     "Plan": "plan",

@@ -19,7 +19,7 @@ from .gate_training import Loss, convert_by_gates
 from .inspection import Inspection, Levers, inspect, inspect_copy
 from .latency import Stopwatch, choose_in_time, parse_latency
 from .laws import verify
-from .levers import Lever, resolve_levers
+from .levers import Lever, Width, resolve_levers, width_of
 from .locality import head_locality
 from .plan import Preprocessing, weights_sha256
 from .planning import Choice, choose, make_plan, site_costs
@@ -27,6 +27,7 @@ from .search.calibrate import calibrate_sites
 from .search.calibration import Calibration
 from .search.gates import Gates
 from .search.measure import OutputFn, outputs
+from .search.narrowing import calibrate_widths
 from .search.solve import infeasible
 from .targets import parse_target
 from .train.distill import distill
@@ -91,20 +92,22 @@ def calibrate_inspected(
     output_fn: OutputFn | None,
 ) -> tuple[Calibration, Tensor]:
     """`calibrate` on a working copy that the caller has made and inspected -> (it, the images)."""
+    if isinstance(seen.width, str):
+        raise InvalidArgument(
+            "levers", f"'width' for a {type(original).__name__} that cannot be made narrower ({seen.width})",
+            "levers that apply", "Leave it out.",
+        )  # fmt: skip
     pictures, source = _images(original, data, limit, seen.input_size, seed)
-    calibration = calibrate_sites(
-        work,
-        seen.claims,
-        seen.costs,
-        pictures,
-        levers,
-        source=source,
-        seed=seed,
-        progress=progress,
-        resume=resume,
-        output_fn=output_fn,
-    )
+    same: dict[str, Any] = {"seed": seed, "progress": progress, "resume": resume, "output_fn": output_fn}
+    sites = [lever for lever in levers if not isinstance(lever, Width)]
+    calibration = calibrate_sites(work, seen.claims, seen.costs, pictures, sites, source=source, **same)
     calibration.weights = weights_sha256(original)
+    width, example = width_of(levers), pictures[:1].to(next(work.parameters()).device)
+    if width is not None and seen.width is not None:
+        calibration.narrower = calibrate_widths(
+            work, seen.claims, seen.width, width, sites, calibration, pictures, example, **same
+        )
+        calibration.seconds += sum(narrow.calibration.seconds for narrow in calibration.narrower)
     return calibration, pictures
 
 
@@ -169,8 +172,9 @@ def convert(
         example_inputs: a float tensor [B, C, H, W]; by default of the size the model declares.
         levers: what may change: names ("mixer", "ffn", "merge_in_site", "thin_attention", "merge_tokens") or
             configured levers (`Mixer(...)`, `FFN(...)`, `MergeInSite(...)`, `ThinAttention(...)`, `MergeTokens(...)`);
-            None: all that keep the token grid, which "merge_tokens" does not; "all": every one
-            (the grid is then given up only for what is better on held-out images by more than chance explains).
+            None: all that keep the token grid, which "merge_tokens" does not; "all": these and "merge_tokens" (the
+            grid is then given up only for what is better on held-out images by more than chance explains). "width",
+            or `Width(...)`, has to be named: fewer channels take training.
         calibration: a `Calibration` of this model: a budget then takes seconds, and `data` only serves distillation.
         adapters: who looks for sites.
         images: how many calibration images to read at most.
@@ -231,7 +235,7 @@ def convert(
     if calibration is None and target is not None and target < seen.floor:  # of a Calibration, `choose` knows the floor
         raise infeasible(target, seen.floor)
     watch = Stopwatch(original, example, device, batch_size, progress)
-    if latency_target is not None:
+    if latency_target is not None and seen.width is None:
         watch.check(latency_target, seen)
 
     seconds: dict[str, float] = {}
@@ -254,12 +258,10 @@ def convert(
     if latency_target is None:
         choice = choose(work, calibration, budget, progress=progress, output_fn=output_fn)
     else:
-        times = watch.times(seen, calibration, timetable)
-        seconds["time"] = time.perf_counter() - started
         choice, latency = choose_in_time(
-            work, calibration, budget, latency_target, watch, times, build, output_fn=output_fn
+            work, seen, calibration, budget, latency_target, watch, build, timetable=timetable, output_fn=output_fn
         )
-    seconds["solve"] = time.perf_counter() - started - seconds.get("time", 0.0)
+    seconds["solve"] = time.perf_counter() - started
 
     plan, tensors = make_plan(original, seen, choice.choices)
     hybrid = apply(plan, work, tensors)

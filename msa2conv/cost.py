@@ -23,6 +23,7 @@ from .errors import UncountedOperator
 from .merging import comparisons
 from .observation import Observation
 from .ops import IO, Attend, MixerSpec, TokenMixer
+from .options import Option
 from .plan import Edit
 from .sites import AttentionSite, FFNSite, Site, StreamSite
 from .stream import Drop
@@ -253,6 +254,10 @@ class CostModel:
     def outside(self, paths: Iterable[str]) -> int:
         """Multiply-adds outside these sites."""
         return self.base - sum(self.hosts[path] for path in paths)
+
+    def total(self, choices: Mapping[str, Option]) -> int:
+        """Multiply-adds of the network in which these options are chosen, {site path: option}."""
+        return self.base + sum(option.flops - self.hosts.get(path, 0) for path, option in choices.items())
 
     @classmethod
     def measure(

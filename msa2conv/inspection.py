@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -10,13 +10,16 @@ from torch import Tensor, nn
 from .adapters.base import Adapter, find_sites
 from .adapters.discovery import Discovery, propose
 from .cost import CostModel
-from .levers import Lever, floor, resolve_levers
+from .levers import Lever, floor, resolve_levers, width_of
 from .observation import observe
-from .plan import parameter_count
+from .plan import WHOLE, parameter_count
 from .report.inspection import Inspection
+from .sites import Claims, WidthGroup
 from .transforms.heads import with_heads
+from .transforms.lift import edited
 from .transforms.mergeable import with_merging
 from .transforms.streams import find_stream
+from .transforms.widths import find_width
 from .workbench import example_input, own_randomness, unwrap, working_copy
 
 Levers = str | Lever | Iterable[str | Lever]
@@ -86,10 +89,38 @@ def inspect_copy(
     stream = find_stream(work, sites, seen)
     claims = replace(claims, sites=sites, stream=None if isinstance(stream, str) else stream)
     costs = CostModel.measure(work, seen, claims.sites, claims.stream)
+    width = width_of(levers)
+    streams = None if width is None else find_width(work, claims.sites, seen)
     lowest = floor(claims, costs, levers)
-    size, count = tuple(example.shape[1:]), parameter_count(original)
-    refused = stream if isinstance(stream, str) else None
-    return Inspection(_name(original), claims, costs, lowest, size, count, unmerged, refused)
+    if width is not None and isinstance(streams, WidthGroup):
+        lowest = min(
+            [lowest, *(_floor(work, claims, streams, kept, example, levers) for kept in width.channels(streams))]
+        )
+    return Inspection(
+        name=_name(original),
+        claims=claims,
+        costs=costs,
+        floor=lowest,
+        input_size=tuple(example.shape[1:]),
+        parameters=parameter_count(original),
+        unmerged=unmerged,
+        not_through=stream if isinstance(stream, str) else None,
+        width=streams,
+    )
+
+
+def _floor(
+    work: nn.Module,
+    claims: Claims,
+    group: WidthGroup,
+    channels: Sequence[int],
+    example: Tensor,
+    levers: tuple[Lever, ...],
+) -> int:
+    """Multiply-adds below which a narrower network cannot go; which channels are left does not matter."""
+    narrow, own = edited(work, WHOLE, group.edits(map(range, channels))), claims.of_width(group.left(channels))
+    costs = CostModel.measure(narrow, observe(narrow, example), own.sites, own.stream)
+    return floor(own, costs, levers)
 
 
 def _name(model: nn.Module) -> str:

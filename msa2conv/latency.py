@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import InfeasibleBudget, InvalidArgument, InvalidTarget
-from .planning import Choice, choose
+from .options import Option
+from .planning import Choice, choose_at, network_of
 from .report.inspection import Inspection
 from .report.latency import CLOSE, Latency
 from .search.calibration import Calibration
@@ -98,9 +100,16 @@ class Stopwatch:
             raise InvalidArgument("batch_size", repr(batch_size), "an integer >= 1", "Time what you will run.")
         first = next(original.parameters())
         self.device = first.device if device is None else usable_device(device)
-        self.original = self.ready(hookless_copy(original))
+        self.original = self.network = self.ready(hookless_copy(original))
         self.inputs = example.to(self.device, first.dtype).expand(batch_size, *example.shape[1:]).contiguous()
         self.progress = progress
+
+    def at(self, width: Option | None) -> Stopwatch:
+        """The same, where sites choose in a narrower network."""
+        other = copy.copy(self)
+        if width is not None:
+            other.network = self.ready(network_of(self.original, width))
+        return other
 
     def ready(self, model: nn.Module) -> nn.Module:
         return model.to(self.device).eval().requires_grad_(False)
@@ -112,10 +121,11 @@ class Stopwatch:
         return interleaved(calls, self.device, rounds, what="time", progress=self.progress)
 
     def shares(self, hybrid: nn.Module, paths: Sequence[str]) -> dict[str, float]:
-        """What modules of a hybrid take where they stand, over the original's; none on a GPU, which does not tell."""
+        """What modules of a hybrid take where they stand, over those of the network in which sites choose; none on a
+        GPU, which does not tell."""
         if self.device.type != "cpu":
             return {}
-        networks = {"original": self.original, "hybrid": self.ready(hybrid)}
+        networks = {"original": self.network, "hybrid": self.ready(hybrid)}
         samples = inside(networks, paths, self.inputs, _ROUNDS, progress=self.progress)
         pairs = {path: (f"hybrid {path}", f"original {path}") for path in paths}
         return {path: samples.ratio(*pair) for path, pair in pairs.items() if samples.seconds.keys() >= set(pair)}
@@ -151,9 +161,9 @@ class Stopwatch:
             raise too_slow(seconds, floor)
 
     def times(self, seen: Inspection, calibration: Calibration, cache: str | os.PathLike[str] | None) -> SiteTimes:
-        """Of every option of a calibration; `cache` is a file that keeps them for further runs."""
+        """Of every option of a calibration of the network; `cache` is a file that keeps them for further runs."""
         times = measure_times(
-            self.original,
+            self.network,
             seen.claims,
             calibration.options(),
             calibration.settings(),
@@ -168,6 +178,59 @@ class Stopwatch:
 
 def choose_in_time(
     work: nn.Module,
+    seen: Inspection,
+    calibration: Calibration,
+    flops: int,
+    target: float | str,
+    watch: Stopwatch,
+    build: Callable[[Choice], nn.Module],
+    *,
+    timetable: str | os.PathLike[str] | None = None,
+    output_fn: OutputFn | None = None,
+) -> tuple[Choice, Latency]:
+    """`choose` under a budget of time: in the model as it is and in every narrower one that was calibrated, what comes
+    closest to the original of those that keep it.
+
+    Args:
+        work, seen: the original, float32, eval, and its inspection.
+        calibration: of it.
+        flops: multiply-adds allowed.
+        target: as `parse_latency` takes it.
+        watch: on the device.
+        build: a choice as a network of the original's dtype.
+        timetable: a file that keeps measured times.
+        output_fn: the one that calibrated.
+
+    Raises:
+        InfeasibleBudget: the target lies below the floor of the calibration's options.
+    """
+    found: list[tuple[Choice, Latency]] = []
+    infeasible: list[InfeasibleBudget] = []
+    whole: float | None = None
+    for width, own in calibration.widths():
+        inside_it = watch.at(width)
+        times = inside_it.times(seen, own, timetable)
+        whole = times.base if whole is None else whole
+
+        def built(choice: Choice, width: Option | None = width) -> nn.Module:
+            return build(choice.at(width))
+
+        network = network_of(work, width)
+        try:
+            choice, latency = choose_within(
+                network, own, flops, target, inside_it, times, built, whole=whole, output_fn=output_fn
+            )
+        except InfeasibleBudget as error:
+            infeasible.append(error)
+            continue
+        found.append((choice.at(width), latency))
+    if not found:
+        raise infeasible[-1]  # of the narrowest
+    return min(found, key=lambda each: (max(1.0, _missed(each[1])), each[0].distance))
+
+
+def choose_within(
+    work: nn.Module,
     calibration: Calibration,
     flops: int,
     target: float | str,
@@ -175,6 +238,7 @@ def choose_in_time(
     times: SiteTimes,
     build: Callable[[Choice], nn.Module],
     *,
+    whole: float,
     output_fn: OutputFn | None = None,
 ) -> tuple[Choice, Latency]:
     """Solve for the time allowed, measure the network, and solve again for what its error says, at most three times.
@@ -184,23 +248,24 @@ def choose_in_time(
     solver may give out.
 
     Args:
-        work: the original, float32, eval.
-        calibration: of it.
+        work: the original or a narrower network, float32, eval.
+        calibration: of this one; narrower ones are left out.
         flops: multiply-adds allowed.
         target: as `parse_latency` takes it.
         watch, times: on the device.
         build: a choice as a network of the original's dtype.
+        whole: seconds of the original.
         output_fn: the one that calibrated.
 
     Raises:
         InfeasibleBudget: the target lies below the floor of the calibration's options.
     """
-    sites, allowed, (value, fraction) = list(calibration.options()), parse_latency(target, times.base), _read(target)
+    sites, allowed, (value, fraction) = list(calibration.options()), parse_latency(target, whole), _read(target)
     tried: list[tuple[Choice, Latency]] = []
     while True:
         limit = times.limit(sites, allowed)
         try:
-            choice = choose(work, calibration, flops, limit=limit, progress=watch.progress, output_fn=output_fn)
+            choice = choose_at(work, calibration, flops, limit=limit, progress=watch.progress, output_fn=output_fn)
         except InfeasibleBudget:
             if not tried:
                 raise
@@ -213,7 +278,7 @@ def choose_in_time(
         wanted = value if fraction else value / before
         known = {
             "target": wanted * before,
-            "predicted": predicted / times.base,
+            "predicted": predicted / whole,
             "attempts": [*(earlier.ratio for _, earlier in tried), ratio],
         }
         latency = found.model_copy(update=known)
@@ -222,9 +287,9 @@ def choose_in_time(
         if _missed(latency) <= 1 or unlimited or len(tried) > CORRECTIONS:
             break
         times = times.seen(choice.choices, watch.shares(hybrid, sites))
-        measured = [(times.total(each.choices) / times.base, latency.ratio) for each, latency in tried]
+        measured = [(times.total(each.choices) / whole, latency.ratio) for each, latency in tried]
         floor = quickest(calibration.settings(), calibration.options(), times.limit(sites, allowed))
-        allowed = max(times.base * _corrected(measured, wanted), 1.001 * floor)
+        allowed = max(whole * _corrected(measured, wanted), 1.001 * floor)
     choice, best = min(tried, key=lambda each: _missed(each[1]))
     return choice, best.model_copy(update={"attempts": tried[-1][1].attempts})
 
@@ -258,4 +323,4 @@ def _corrected(measured: Sequence[tuple[float, float]], wanted: float) -> float:
     return allowed + (wanted - found) / slope
 
 
-__all__ = ["Stopwatch", "choose_in_time", "parse_latency"]
+__all__ = ["Stopwatch", "choose_in_time", "choose_within", "parse_latency"]

@@ -12,7 +12,8 @@ from .cost import CostModel, count_flops
 from .errors import LawViolation
 from .merging import Merged
 from .options import Option
-from .plan import Plan
+from .plan import WHOLE, Plan
+from .planning import network_of
 from .search.measure import tensors_of
 from .sites import Claims
 from .stream import MergedStream
@@ -50,9 +51,11 @@ def verify(
         LawViolation: names the law and both values.
     """
     images = surest(hybrid, images.to(next(model.parameters()).device), 2)
-    net = lift(model, claims.sites)
-    lifted = check_same(LIFTING, net.model(images), model(images))
-    with net.pinned(net.branches(choices)) as pinned:
+    at_sites = {path: option for path, option in choices.items() if path != WHOLE}
+    network = network_of(model, choices.get(WHOLE))
+    net = lift(network, claims.sites)
+    lifted = check_same(LIFTING, net.model(images), network(images))
+    with net.pinned(net.branches(at_sites)) as pinned:
         lowered = check_same(LOWERING, hybrid(images), pinned(images))
     return {"lifting": lifted, "lowering": lowered, **check_costs(hybrid, plan, choices, costs, images[:1], target)}
 
@@ -122,7 +125,7 @@ def check_costs(
 ) -> dict[str, float]:
     """Laws 3 and 4 -> {figure: value}; `target=None`: there was no budget to keep."""
     counted = count_flops(hybrid, image)
-    summed = costs.base + sum(option.flops - costs.hosts.get(path, 0) for path, option in choices.items())
+    summed = costs.total(choices)
     _demand(
         counted == plan.flops == summed,
         "law 3, a plan costs what it says",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from torch import Tensor, nn
 
 from .errors import InvalidPlan, UnsupportedSchema
@@ -19,6 +20,8 @@ from .stream import Stream
 SCHEMA_VERSION: Literal[1] = 1
 PLAN_KEY = "msa2conv.plan"  # in the header of a .safetensors file
 Range = tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]]
+WIDTHS = ("embed_dim", "num_features", "head_hidden_size")  # attributes of a model that a new head is built from
+WHOLE = ""  # stands among the choices for what concerns every module
 SYMBOLS = {"skip": "-", "identity": "=", "constant": "c", "global": "g", "attention": "M"}
 
 
@@ -61,12 +64,19 @@ class Slice(_Data):
 
 
 class SetAttr(_Data):
-    """Set an existing plain attribute (int, float, tuple or list of ints) of the module at `path`, keeping its type."""
+    """Set an existing plain attribute (int, float, tuple or list of ints) of the module at `path`, keeping its type;
+    "" is the model itself."""
 
     kind: Literal["set"] = "set"
-    path: Path
+    path: Path | Literal[""]
     name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$", max_length=64)]
     value: int | float | tuple[int, ...]
+
+    @model_validator(mode="after")
+    def _known(self) -> SetAttr:
+        if not self.path and self.name not in WIDTHS:
+            raise ValueError(f"of the model itself only {', '.join(WIDTHS)} can be set")
+        return self
 
 
 class Wrap(_Data):
@@ -87,6 +97,12 @@ class Shorten(_Data):
 
 
 Edit = Annotated[Replace | Slice | SetAttr | Wrap | Shorten, Field(discriminator="kind")]
+
+
+def read_edits(described: Any) -> tuple[Edit, ...]:
+    """Edits out of what `model_dump(mode="json")` made of each; raises pydantic's ValidationError."""
+    found: tuple[Edit, ...] = TypeAdapter(tuple[Edit, ...]).validate_json(json.dumps(described))
+    return found
 
 
 def ranges(indices: list[int]) -> tuple[Range, ...]:
@@ -153,7 +169,7 @@ class Plan(_Data):
 
     Args:
         base: the model it applies to.
-        choices: {site path: option name}, in execution order.
+        choices: {site path: option name}, in execution order; what concerns the whole network comes first.
         edits: what `apply` does, in order.
         flops: multiply-adds of the hybrid, one forward pass at batch 1.
         parameters: number of parameters of the hybrid.
@@ -189,8 +205,16 @@ class Plan(_Data):
     @property
     def sites(self) -> dict[str, str]:
         """The choices at sites, without those that concern the whole network."""
-        through = {edit.path for edit in self.edits if isinstance(edit, Shorten)}
+        through = {WHOLE, *(edit.path for edit in self.edits if isinstance(edit, Shorten))}
         return {path: option for path, option in self.choices.items() if path not in through}
+
+    @property
+    def everywhere(self) -> list[str]:
+        """The choices that concern the whole network, for people."""
+        through = {path: option for path, option in self.choices.items() if path not in self.sites}
+        return [
+            option if path == WHOLE else f"patches left through {path}: {option}" for path, option in through.items()
+        ]
 
     @property
     def header(self) -> dict[str, str]:
@@ -226,9 +250,7 @@ class Plan(_Data):
         legend = [f"{symbol(option)} {option}" for option in sorted(used, key=lambda o: _order(symbol(o)))]
         legend += ["% hidden units kept"] if ffns else []
         legend += ["tokens: patches that are left inside"] if any(name == "tokens" for name, _, _ in rows) else []
-        through = {path: option for path, option in self.choices.items() if path not in self.sites}
-        merged = [f"patches left through {path}: {option}" for path, option in through.items()]
-        return "\n".join([*lines, *merged, "", "  ".join(legend)])
+        return "\n".join([*lines, *self.everywhere, "", "  ".join(legend)])
 
 
 class _VersionOnly(BaseModel):

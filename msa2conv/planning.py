@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from .adapters.build import find_builder, preprocessing
+from .errors import InfeasibleBudget
 from .options import Option
-from .plan import Base, Plan, fingerprint, parameter_count, weights_sha256
+from .plan import WHOLE, Base, Plan, fingerprint, parameter_count, weights_sha256
 from .progress import track
 from .report.figures import Promise, SiteCost
 from .report.inspection import Inspection
@@ -20,8 +22,8 @@ from .search.measure import OutputFn, agreement, average, distances, farther, ou
 from .search.solve import diverse, fewest_merges
 from .settings import Limit
 from .sites import AttentionSite
-from .transforms.apply import apply
-from .transforms.lift import lift
+from .transforms.apply import apply, apply_edits, load_tensors
+from .transforms.lift import edited, lift
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,61 @@ class Choice:
     distances: dict[str, float]
     agreement: float | None
 
+    @property
+    def distance(self) -> float:
+        """Of its plan to the original on held-out images."""
+        return self.distances[self.price]
+
+    def at(self, width: Option | None) -> Choice:
+        """The same in the original, of which a narrower network was made first."""
+        if width is None:
+            return self
+        return replace(self, choices={WHOLE: width} | self.choices, predicted=self.predicted + (width.score or 0.0))
+
+
+def choose(
+    model: nn.Module,
+    calibration: Calibration,
+    target: int,
+    *,
+    progress: bool = True,
+    output_fn: OutputFn | None = None,
+) -> Choice:
+    """Solve the budget exactly, in the model as it is and in every narrower one that was calibrated, and keep the plan
+    that does best on held-out images.
+
+    Args:
+        model: the original, float32, eval.
+        calibration: of this model.
+        target: multiply-adds allowed.
+        progress: show a bar.
+        output_fn: the one that calibrated.
+
+    Raises:
+        InfeasibleBudget: the target lies below the floor of the calibration's options.
+    """
+    found: list[Choice] = []
+    infeasible: list[InfeasibleBudget] = []
+    for width, own in calibration.widths():
+        try:
+            within = choose_at(network_of(model, width), own, target, progress=progress, output_fn=output_fn)
+        except InfeasibleBudget as error:
+            infeasible.append(error)
+            continue
+        found.append(within.at(width))
+    if not found:
+        raise infeasible[-1]  # of the narrowest: the lowest floor
+    used_up = [choice for choice in found if calibration.costs.total(choice.choices) >= 0.99 * target]
+    return min(used_up or found, key=lambda choice: choice.distance)
+
+
+def network_of(model: nn.Module, width: Option | None) -> nn.Module:
+    """The model itself, or a narrower copy in which sites choose."""
+    return model if width is None else edited(model, WHOLE, width.edits, width.tensors())
+
 
 @torch.no_grad()
-def choose(
+def choose_at(
     model: nn.Module,
     calibration: Calibration,
     target: int,
@@ -60,8 +114,8 @@ def choose(
     tried, too, and taken if it is no further from the original.
 
     Args:
-        model: the original, float32, eval.
-        calibration: of this model.
+        model: the original or a narrower network, float32, eval.
+        calibration: of this one; narrower ones are left out.
         target: multiply-adds allowed.
         limit: a second budget, of measured times.
         progress: show a bar.
@@ -102,9 +156,14 @@ def choose(
 
 def tradeoff(calibration: Calibration) -> list[Promise]:
     """What other budgets are predicted to lose, by the scores of a calibration alone."""
-    options = calibration.options()
-    points = frontier(calibration.settings(), options, calibration.costs.outside(options))
-    return [Promise(flops=flops, loss=loss) for flops, loss in points]
+    points: list[tuple[int, float]] = []
+    for width, own in calibration.widths():
+        options, lost = own.options(), 0.0 if width is None else width.score or 0.0
+        points += [
+            (flops, lost + loss) for flops, loss in frontier(own.settings(), options, own.costs.outside(options))
+        ]
+    best = [point for point in points if not any(other[0] <= point[0] and other[1] < point[1] for other in points)]
+    return [Promise(flops=flops, loss=loss) for flops, loss in sorted(set(best))]
 
 
 def site_costs(seen: Inspection, choices: Mapping[str, Option]) -> list[SiteCost]:
@@ -137,9 +196,7 @@ def make_plan(model: nn.Module, seen: Inspection, choices: Mapping[str, Option])
         choices: {site: option}.
     """
     edits = tuple(edit for option in choices.values() for edit in option.edits)
-    tensors = {name: value for option in choices.values() for name, value in option.tensors().items()}
     costs = seen.costs
-    flops = costs.base + sum(option.flops - costs.hosts.get(path, 0) for path, option in choices.items())
     base = Base(
         name=seen.name,
         model_class=f"{type(model).__module__}.{type(model).__qualname__}",
@@ -151,7 +208,21 @@ def make_plan(model: nn.Module, seen: Inspection, choices: Mapping[str, Option])
         fingerprint=fingerprint(model),
         weights_sha256=weights_sha256(model),
     )
-    everywhere = (*((seen.claims.stream,) if seen.claims.stream else ()), *seen.claims.sites)
-    ordered = {site.path: choices[site.path].name for site in everywhere if site.path in choices}
-    plan = Plan(base=base, choices=ordered, edits=edits, flops=flops, parameters=seen.parameters)
-    return plan.model_copy(update={"parameters": parameter_count(apply(plan, model))}), tensors
+    stream = [] if seen.claims.stream is None else [seen.claims.stream.path]
+    order = [WHOLE, *stream, *(site.path for site in seen.claims.sites)]
+    ordered = {path: choices[path].name for path in order if path in choices}
+    plan = Plan(base=base, choices=ordered, edits=edits, flops=costs.total(choices), parameters=seen.parameters)
+    hybrid = apply(plan, model)
+    return plan.model_copy(update={"parameters": parameter_count(hybrid)}), _fitted(model, hybrid, choices)
+
+
+def _fitted(model: nn.Module, hybrid: nn.Module, choices: Mapping[str, Option]) -> dict[str, Tensor]:
+    """What the options have fitted, {name in the hybrid: values}."""
+    if WHOLE not in choices:
+        return {name: value for option in choices.values() for name, value in option.tensors().items()}
+    staged = copy.deepcopy(model).float()  # each option cuts further what the one of the whole network has fitted
+    for option in choices.values():
+        apply_edits(staged, option.edits)
+        load_tensors(staged, option.tensors())
+    own, found = hybrid.state_dict(), staged.state_dict()
+    return {name: value for name, value in found.items() if not torch.equal(value, own[name].to(value))}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -165,7 +165,8 @@ class Units:
         for name, dim, (start, stop) in self.beside:
             indices[name, dim].extend(range(start, stop))
         edits: list[Edit] = [
-            Slice(path=f"{path}.{name}", dim=dim, kept=ranges(found)) for (name, dim), found in indices.items()
+            Slice(path=f"{path}.{name}".lstrip("."), dim=dim, kept=ranges(found))
+            for (name, dim), found in indices.items()
         ]
         if self.split is not None:
             attribute, widths = self.split
@@ -244,6 +245,48 @@ class StreamSite:
 
 
 @dataclass(frozen=True)
+class ResidualStream:
+    """What hangs on the channels that blocks add to and read from; paths are of the whole model.
+
+    Args:
+        channels: how many there are.
+        hanging: as of `Units`.
+        attributes: (module path, name, whether it is a tuple of one) of plain attributes that state how many there are.
+        sites: paths of the sites that read it.
+    """
+
+    channels: int
+    hanging: tuple[Unit, ...]
+    attributes: tuple[tuple[str, str, bool], ...]
+    sites: tuple[str, ...]
+
+    def edits(self, kept: Iterable[int]) -> tuple[Edit, ...]:
+        """The Edits that leave these channels."""
+        kept = sorted(kept)
+        stated = [
+            SetAttr(path=path, name=name, value=(len(kept),) if inside else len(kept))
+            for path, name, inside in self.attributes
+        ]
+        return (*Units(self.hanging).edits("", kept), *stated)
+
+
+@dataclass(frozen=True)
+class WidthGroup:
+    """All residual streams of a model (one, or one a stage), as `transforms.widths` has tried out: they get narrower
+    by the same share."""
+
+    streams: tuple[ResidualStream, ...]
+
+    def edits(self, kept: Iterable[Iterable[int]]) -> tuple[Edit, ...]:
+        """The Edits that leave these channels of every stream."""
+        return tuple(edit for stream, own in zip(self.streams, kept, strict=True) for edit in stream.edits(own))
+
+    def left(self, channels: Iterable[int]) -> dict[str, int]:
+        """{site path: channels that its stream has left}, if every stream has so many."""
+        return {path: kept for each, kept in zip(self.streams, channels, strict=True) for path in each.sites}
+
+
+@dataclass(frozen=True)
 class Refusal:
     """A module that looked convertible and is left alone, and why."""
 
@@ -277,6 +320,14 @@ class Claims:
         found = tuple(found)
         refusals = tuple(item for item in found if isinstance(item, Refusal))
         return cls(tuple(item for item in found if not isinstance(item, Refusal)), refusals)
+
+    def of_width(self, channels: Mapping[str, int]) -> Claims:
+        """The same in a model whose residual streams are narrower.
+
+        Args:
+            channels: {site path: how many its residual stream has left}.
+        """
+        return replace(self, sites=tuple(replace(site, dim=channels[site.path]) for site in self.sites))
 
     @property
     def attentions(self) -> tuple[AttentionSite, ...]:

@@ -194,7 +194,7 @@ def sweep(
     for budget in track(budgets, "plan", progress):
         choice = choose(work, calibration, budget, progress=False, output_fn=output_fn)
         plan, _ = make_plan(original, seen, choice.choices)
-        points.append(Point(budget, plan, choice.distances[choice.price], choice.predicted, choice.agreement))
+        points.append(Point(budget, plan, choice.distance, choice.predicted, choice.agreement))
     same = {"example_inputs": example_inputs, "adapters": adapters, "output_fn": output_fn, "progress": progress}
     return Sweep(tuple(points), calibration.measure, calibration, original, same | {"levers": levers, "seed": seed})
 

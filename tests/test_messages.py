@@ -1007,10 +1007,10 @@ TWICE = {"kind": "slice", "path": "blocks.0.norm1.bias", "dim": 0}
             f"a slice of dimension 0 up to 999; expected something inside the shape (48,). {PLAN_HINT}",
         ),
         (
-            edit(kind="slice", path="pos_embed", dim=2, kept=[[0, 8]]),
+            edit(kind="slice", path="pos_embed", dim=1, kept=[[0, 8]]),
             "pos_embed",
             "a parameter of VisionTransformer; expected Linear, LayerNorm, BatchNorm, a convolution that is ungrouped "
-            f"or depthwise, or a vector or table that a composed module holds itself. {PLAN_HINT}",
+            f"or depthwise, a module of vectors, or a vector or table that a composed module holds itself. {PLAN_HINT}",
         ),
         (
             lambda plan: plan["edits"].extend([{**TWICE, "kept": [[0, 8]]}, {**TWICE, "kept": [[8, 16]]}]),

@@ -30,6 +30,7 @@ NAMES = [
     "Stage",
     "Sweep",
     "ThinAttention",
+    "Width",
     "__version__",
     "apply",
     "calibrate",

@@ -50,11 +50,11 @@ class GridAttention(nn.Module):
         self.merge = nn.Linear(dim, dim)
 
     def forward(self, hidden: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        batch, height, width, dim = hidden.shape
-        qkv = self.project(hidden).reshape(batch, height * width, 3, self.heads, dim // self.heads)
+        batch, height, width, _ = hidden.shape
+        qkv = self.project(hidden).reshape(batch, height * width, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        weights = (q @ k.transpose(-2, -1) / math.sqrt(dim // self.heads)).softmax(-1)
-        out = (weights @ v).transpose(1, 2).reshape(batch, height, width, dim)
+        weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1)
+        out = (weights @ v).transpose(1, 2).reshape(batch, height, width, -1)
         return self.merge(out), weights
 
 

@@ -62,6 +62,7 @@ class Lever(str, Enum):
     merge_in_site = "merge_in_site"
     thin_attention = "thin_attention"
     merge_tokens = "merge_tokens"
+    width = "width"
 
 
 Levers = Annotated[list[Lever] | None, typer.Option(help="What may change; repeat it.")]

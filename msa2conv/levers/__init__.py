@@ -18,16 +18,19 @@ from .merge_in_site import MergeInSite
 from .merge_tokens import MergeTokens, StreamRecord
 from .mixer import Mixer
 from .thin_attention import ThinAttention
+from .width import Width
 
-Configured = Mixer | FFN | MergeInSite | ThinAttention | MergeTokens
+Configured = Mixer | FFN | MergeInSite | ThinAttention | MergeTokens | Width
 _BY_NAME: dict[str, type[Configured]] = {
     "mixer": Mixer,
     "ffn": FFN,
     "merge_in_site": MergeInSite,
     "thin_attention": ThinAttention,
     "merge_tokens": MergeTokens,
+    "width": Width,
 }
 DEFAULT = ("mixer", "ffn", "merge_in_site", "thin_attention")  # all that keep the grid of tokens
+EVERY = (*DEFAULT, "merge_tokens")  # all that need no training; "width" has to be named
 BY_GATES = ("mixer", "ffn")  # what the gate search can decide
 _EXAMPLE = "For example levers=('mixer', 'ffn')."
 
@@ -36,7 +39,8 @@ def resolve_levers(levers: Any, known: Iterable[str] = tuple(_BY_NAME), default:
     """Names or configured levers -> levers.
 
     Args:
-        levers: names, configured levers, or both; "all" stands for every one, None for the default.
+        levers: names, configured levers, or both; "all" stands for every one that needs no training, None for the
+            default.
         known: names of those that can be had.
         default: what None stands for.
 
@@ -44,7 +48,8 @@ def resolve_levers(levers: Any, known: Iterable[str] = tuple(_BY_NAME), default:
         InvalidArgument.
     """
     known = list(known)
-    wanted = default if levers is None else known if levers == "all" else levers
+    every = [name for name in known if name in EVERY]
+    wanted = default if levers is None else every if levers == "all" else levers
     if isinstance(wanted, (str, *_BY_NAME.values())):
         wanted = [wanted]
     if not isinstance(wanted, Iterable):
@@ -68,6 +73,11 @@ def stream_record(claims: Claims, costs: CostModel, levers: Iterable[Any]) -> St
     """What the levers allow to do with the tokens of the whole network."""
     lever = next((lever for lever in levers if isinstance(lever, MergeTokens)), None)
     return None if lever is None else lever.record(claims, costs)
+
+
+def width_of(levers: Iterable[Any]) -> Width | None:
+    """The lever that makes the model narrower, if it is among these."""
+    return next((lever for lever in levers if isinstance(lever, Width)), None)
 
 
 def floor(claims: Claims, costs: CostModel, levers: Iterable[Lever]) -> int:
@@ -109,9 +119,11 @@ __all__ = [
     "Statistics",
     "StreamRecord",
     "ThinAttention",
+    "Width",
     "floor",
     "host_option",
     "read_record",
     "resolve_levers",
     "stream_record",
+    "width_of",
 ]

@@ -15,14 +15,19 @@ from ..options import Option
 from ..sites import AttentionSite, FFNSite, Site
 
 
-def _between(keep: tuple[float, ...]) -> tuple[float, ...]:
+def between(keep: tuple[float, ...], of: str) -> tuple[float, ...]:
+    """The same, if all are fractions; of what, for the error."""
     for fraction in keep:
         if not 0 < fraction < 1:
-            raise ValueError(f"{fraction} is no fraction of the patches: use numbers between 0 and 1")
+            raise ValueError(f"{fraction} is no fraction of the {of}: use numbers between 0 and 1")
     return keep
 
 
-Fractions = Annotated[tuple[float, ...], Field(min_length=1), AfterValidator(_between)]  # of the patches
+def _of_patches(keep: tuple[float, ...]) -> tuple[float, ...]:
+    return between(keep, "patches")
+
+
+Fractions = Annotated[tuple[float, ...], Field(min_length=1), AfterValidator(_of_patches)]
 
 
 def host_option(site: Site, costs: CostModel) -> Option:

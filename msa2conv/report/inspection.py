@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ..cost import CostModel
 from ..layouts import APART
-from ..sites import AttentionSite, Claims, FFNSite, Refusal, listed
+from ..sites import AttentionSite, Claims, FFNSite, Refusal, WidthGroup, listed
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Inspection:
         parameters: number of parameters.
         unmerged: {site path: why its tokens cannot be merged}.
         not_through: why tokens cannot be merged through the network; None where they can.
+        width: the residual streams that can get narrower, or why they cannot; None where the levers do not ask.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Inspection:
     parameters: int
     unmerged: Mapping[str, str] = field(default_factory=dict)
     not_through: str | None = None
+    width: WidthGroup | str | None = None
 
     def share(self, kind: type[AttentionSite] | type[FFNSite]) -> float:
         """Fraction of all multiply-adds spent in the sites of one kind."""
@@ -68,10 +70,17 @@ class Inspection:
                     f"{site.path:<{width}} {'ffn':<10} {flops:8.1f}  {site.dim} -> {site.hidden} -> {site.dim}"
                 )
         lines += ["", *self._mergeable()]
+        if self.width is not None:
+            lines += [self._narrower(self.width)]
         if self.claims.refusals:
             lines += ["", "left as they are:"]
             lines += [f"  {text}" for text in listed(self.claims.refusals)]
         return "\n".join(lines)
+
+    def _narrower(self, width: WidthGroup | str) -> str:
+        if isinstance(width, str):
+            return f"the model cannot be made narrower: {width}"
+        return f"the model can be made narrower than {', '.join(str(each.channels) for each in width.streams)} channels"
 
     def _mergeable(self) -> list[str]:
         able = [site for site in self.claims.sites if site.merging is not None]

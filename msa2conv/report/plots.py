@@ -120,10 +120,8 @@ def _plan(plan: Plan, report: Report) -> Figure:
     handles += [Patch(color=_FFN, label="hidden units kept, %")]
     axes.set(xlim=(-0.55, len(columns) - 0.45), ylim=(-0.75, 1.5), xticks=range(len(columns)), yticks=(0, 1))
     axes.set_yticklabels(("FFN", "attention"))
-    through = [f"patches left through {path}: {text}" for path, text in plan.choices.items() if path not in plan.sites]
-    axes.set_xlabel(
-        "\n".join(["block; small numbers: patches that are left inside, where tokens are merged", *through])
-    )
+    below = ["block; small numbers: patches that are left inside, where tokens are merged", *plan.everywhere]
+    axes.set_xlabel("\n".join(below))
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..errors import ArchitectureMismatch, InvalidCheckpoint, UnsupportedSchema
 from ..files import read_tensors, write_tensors
 from ..levers import Record, StreamRecord, read_record
 from ..options import Option
-from ..plan import fingerprint, weights_sha256
+from ..plan import WHOLE, fingerprint, read_edits, weights_sha256
 from ..settings import AS_IT_IS, Setting
 from ..sites import Claims, Site
 from .measure import Measure
@@ -26,6 +27,55 @@ FORMAT_KEY, FORMAT_VERSION = "msa2conv.calibration", "2"
 def _same_objects(some: list[Any], others: list[Any]) -> bool:
     """Whether two lists hold the very same objects."""
     return len(some) == len(others) and all(one is other for one, other in zip(some, others, strict=True))
+
+
+@dataclass(frozen=True)
+class Narrowed:
+    """The model with narrower residual streams, and what the other levers make of it.
+
+    Args:
+        option: what makes it; its score is how far it is from the original.
+        channels: {site path: channels of its stream}.
+        calibration: of the narrower model, on the same images; its `reference` is the original's.
+    """
+
+    option: Option
+    channels: dict[str, int]
+    calibration: Calibration
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """(JSON-able description, tensors)."""
+        about, tensors = self.calibration.state()
+        option = self.option
+        meta: dict[str, Any] = {
+            "name": option.name,
+            "score": option.score,
+            "channels": self.channels,
+            "calibration": about,
+        }
+        meta["edits"] = [edit.model_dump(mode="json") for edit in option.edits]
+        own = {f"own|{name}": value for name, value in option.tensors().items()}
+        return meta, own | {f"calibration|{name}": value for name, value in tensors.items()}
+
+    @classmethod
+    def read(cls, meta: dict[str, Any], tensors: Mapping[str, Tensor], claims: Claims, where: str) -> Narrowed:
+        """What `state` described, of a model with these sites."""
+        own = _below("own", tensors)
+        option = Option(WHOLE, meta["name"], 0, read_edits(meta["edits"]), lambda: own, meta["score"])
+        if not {site.path for site in claims.sites} <= set(meta["channels"]):
+            raise _another_model(where, f"the sites {', '.join(meta['channels'])}")
+        narrower = claims.of_width(meta["channels"])
+        calibration = Calibration.read(meta["calibration"], _below("calibration", tensors), narrower, where)
+        return cls(option, meta["channels"], calibration)
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those whose names start so, without it."""
+    return {name.removeprefix(f"{prefix}|"): value for name, value in tensors.items() if name.startswith(f"{prefix}|")}
+
+
+def _another_model(where: str, found: str) -> ArchitectureMismatch:
+    return ArchitectureMismatch(where, found, "the sites of this model", "Calibrate this model itself.")
 
 
 @dataclass
@@ -44,6 +94,7 @@ class Calibration:
         seconds: how long it took.
         warnings: what the user should know.
         stream: scores of merging tokens through the network, where a lever allows it.
+        narrower: the same with fewer channels, where a lever allows it.
     """
 
     fingerprint: str
@@ -58,7 +109,19 @@ class Calibration:
     seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
     stream: StreamRecord | None = None
+    narrower: list[Narrowed] = field(default_factory=list)
     _options: tuple[Any, dict[str, list[Option]]] | None = field(default=None, init=False, repr=False, compare=False)
+
+    def widths(self) -> list[tuple[Option | None, Calibration]]:
+        """The networks in which sites choose, the model as it is first: (what makes it, its calibration)."""
+        found: list[tuple[Option | None, Calibration]] = [(None, self)]
+        for (
+            narrow
+        ) in self.narrower:  # a plan's cost is a sum over the model as it is: the difference is on this account
+            paths = narrow.calibration.options()
+            flops = narrow.calibration.costs.outside(paths) - self.costs.outside(paths)
+            found.append((replace(narrow.option, flops=flops), narrow.calibration))
+        return found
 
     def settings(self) -> list[Setting]:
         """What can be chosen for the whole network at once; the network as it is comes first."""
@@ -86,7 +149,8 @@ class Calibration:
     def levers(self) -> list[str]:
         """Names of the levers that it has options of."""
         names = [str(record.state()[0]["lever"]) for record in self.records]
-        return list(dict.fromkeys([*names, *(["merge_tokens"] if self.stream is not None else [])]))
+        whole = {"merge_tokens": self.stream is not None, "width": bool(self.narrower)}
+        return list(dict.fromkeys([*names, *(name for name, allowed in whole.items() if allowed)]))
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -96,6 +160,12 @@ class Calibration:
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write to one .safetensors file, atomically."""
+        about, tensors = self.state()
+        write_tensors(path, tensors, {FORMAT_KEY: json.dumps({"version": FORMAT_VERSION, **about})})
+        return Path(path)
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """(JSON-able description, tensors)."""
         tensors = {"images": self.images, "reference": self.reference}
         described = []
         for index, record in enumerate(self.records):
@@ -111,14 +181,17 @@ class Calibration:
             "beside": self.costs.beside,
             "heads": self.costs.heads,
         }
-        stream = None if self.stream is None else self.stream.state()
         about = {
             name: getattr(self, name)
             for name in ("fingerprint", "weights", "measure", "source", "fitted", "seconds", "warnings")
         }
-        text = json.dumps({"version": FORMAT_VERSION, **about, "costs": costs, "records": described, "stream": stream})
-        write_tensors(path, tensors, {FORMAT_KEY: text})
-        return Path(path)
+        about |= {"costs": costs, "records": described}
+        about |= {"stream": None if self.stream is None else self.stream.state(), "narrower": []}
+        for index, narrow in enumerate(self.narrower):
+            meta, values = narrow.state()
+            about["narrower"].append(meta)
+            tensors |= {f"narrower {index}|{name}": value for name, value in values.items()}
+        return about, tensors
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], claims: Claims) -> Calibration:
@@ -139,6 +212,15 @@ class Calibration:
         about = json.loads(metadata[FORMAT_KEY])
         if about.pop("version", None) != FORMAT_VERSION:
             raise UnsupportedSchema(str(path), "another version", f"version {FORMAT_VERSION}", "Calibrate again.")
+        return cls.read(about, tensors, claims, str(path))
+
+    @classmethod
+    def read(cls, about: dict[str, Any], tensors: Mapping[str, Tensor], claims: Claims, where: str) -> Calibration:
+        """What `state` described, of a model with these sites; `where` it was found, for errors.
+
+        Raises:
+            ArchitectureMismatch.
+        """
         costs = about.pop("costs")
         costs["shapes"] = {site: tuple(shape) for site, shape in costs["shapes"].items()}
         samples = {site: tuple(map(tuple, found)) for site, found in costs.get("samples", {}).items()}
@@ -149,19 +231,21 @@ class Calibration:
             about["stream"] = StreamRecord.read(claims, model, stream)
             if about["stream"] is None:
                 raise ArchitectureMismatch(
-                    str(path), "tokens merged through the network", "a model whose tokens can be merged so",
+                    where, "tokens merged through the network", "a model whose tokens can be merged so",
                     "Calibrate this model itself.",
                 )  # fmt: skip
         sites = {site.path: site for site in claims.sites}
         records: list[Record] = []
         for index, meta in enumerate(about.pop("records")):
-            own = {k.split("|", 1)[1]: v for k, v in tensors.items() if k.split("|", 1)[0] == str(index)}
-            record = read_record(sites.get(meta["site"]), model, meta, own)
+            record = read_record(sites.get(meta["site"]), model, meta, _below(str(index), tensors))
             if record is None:
-                raise ArchitectureMismatch(
-                    str(path), f"a site {meta['site']!r}", "the sites of this model", "Calibrate this model itself."
-                )
+                raise _another_model(where, f"a site {meta['site']!r}")
             records.append(record)
+        narrower = [
+            Narrowed.read(meta, _below(f"narrower {index}", tensors), claims, where)
+            for index, meta in enumerate(about.pop("narrower", []))
+        ]
+        about["narrower"] = narrower
         return cls(costs=model, records=records, images=tensors["images"], reference=tensors["reference"], **about)
 
     def without_held_out(self, images: Tensor) -> Tensor:
@@ -181,4 +265,4 @@ class Calibration:
             )
 
 
-__all__ = ["Calibration"]
+__all__ = ["Calibration", "Narrowed"]

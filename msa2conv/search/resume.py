@@ -25,6 +25,7 @@ from ..sites import Site
 _FORMAT = "2"
 _EVERY = 2.0  # seconds of measuring that a power cut may cost
 _MEASURED = "progress.json"
+OPTION_FILE = "width.safetensors"  # of a narrower network, in a folder of its own
 
 
 class _Measured(BaseModel):
@@ -156,9 +157,16 @@ class Journal:
 
 
 def discard(folder: Path) -> None:
-    """Delete what a Journal wrote to a folder, and the folder if it holds nothing else. Never fails."""
+    """Delete what a calibration wrote to a folder, and the folder if it holds nothing else. Never fails."""
+    for narrower in folder.glob("width-*"):
+        discard(narrower)
     with suppress(OSError):
-        for path in [folder / _MEASURED, *folder.glob("site-*.safetensors"), *folder.glob(".*.part")]:
+        for path in [
+            folder / _MEASURED,
+            folder / OPTION_FILE,
+            *folder.glob("site-*.safetensors"),
+            *folder.glob(".*.part"),
+        ]:
             path.unlink(missing_ok=True)
         folder.rmdir()
 

@@ -219,6 +219,8 @@ def _solve(
     gap: float = 0.0,
 ) -> Choices | None:
     """The optimum between `least` and `budget`, and within the limit; None where no sum of options lies there."""
+    if not options:
+        return {} if least <= rest and (limit is None or limit.rest <= limit.most) else None
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import coo_array
 

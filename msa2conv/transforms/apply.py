@@ -18,8 +18,8 @@ from ..plan import Edit, Plan, Replace, SetAttr, Shorten, Slice, Wrap, fingerpri
 _HINT = "Apply a Plan only to the model it was made for; do not edit Plans by hand."
 _SLICEABLE = (nn.Linear, nn.LayerNorm, nn.Conv2d, nn.modules.batchnorm._BatchNorm)
 _SLICEABLE_TEXT = (
-    "Linear, LayerNorm, BatchNorm, a convolution that is ungrouped or depthwise, or a vector or table that a composed "
-    "module holds itself"
+    "Linear, LayerNorm, BatchNorm, a convolution that is ungrouped or depthwise, a module of vectors, or a vector or "
+    "table that a composed module holds itself"
 )
 _LARGEST_GROWTH = 64  # a new mixer may hold so many times the parameters of the module that it replaces
 
@@ -146,7 +146,7 @@ def _check(model: nn.Module, edit: Edit, path: str) -> None:
                 f"something inside the shape {tuple(parameter.shape)}",
                 _HINT,
             )
-        if not _sliceable(owner, parameter):
+        if not _sliceable(owner, parameter, edit.dim):
             raise InvalidPlan(edit.path, f"a parameter of {type(owner).__name__}", _SLICEABLE_TEXT, _HINT)
     elif isinstance(edit, Wrap):
         if isinstance(submodule(model, path), Merged):
@@ -203,12 +203,15 @@ def _numel(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _sliceable(owner: nn.Module, parameter: Tensor) -> bool:
-    """Whether it is known what else must change; nothing, where a composed module holds a vector or table itself."""
+def _sliceable(owner: nn.Module, parameter: Tensor, dim: int) -> bool:
+    """Whether it is known what else must change; nothing, where a composed module holds a vector, a table of heads or
+    channels of positions itself, or a module scales by vectors."""
     if isinstance(owner, nn.Conv2d):
         return owner.groups in (1, owner.weight.shape[0])
-    small = parameter.ndim <= 2 or parameter.numel() == max(parameter.shape)  # a vector, or a table of heads
-    return isinstance(owner, _SLICEABLE) or (small and any(owner.children()))
+    if any(owner.children()):
+        channels = dim == parameter.ndim - 1 and sum(side > 1 for side in parameter.shape) <= 2
+        return parameter.ndim <= 2 or channels or parameter.numel() == max(parameter.shape)
+    return isinstance(owner, _SLICEABLE) or (parameter.ndim == 1 and all(own.ndim == 1 for own in owner.parameters()))
 
 
 def _parameter(model: nn.Module, path: str) -> tuple[nn.Module, Tensor]:

@@ -55,12 +55,12 @@ def hidden_units(
         return f"the first of its {split} {list(widths)} is not the {hidden} inputs of its output layer {output}"
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     try:
-        hanging = _group(ffn, layer, x, arguments)
-    except (RuntimeError, ValueError, TypeError, AttributeError, AssertionError, IndexError, KeyError) as error:
+        found = _group(Dependencies(ffn, x, arguments), layer)
+    except UNTRACEABLE as error:
         return f"torch-pruning cannot trace it ({type(error).__name__})"
-    if isinstance(hanging, str):
-        return hanging
-    units = Units(hanging, tuple(_beside(ffn, hanging, hidden)), (split, widths) if split else None)
+    if isinstance(found, str):
+        return found
+    units = Units(found, tuple(_beside(ffn, found, hidden)), (split, widths) if split else None)
     if _is_exact(ffn, output, hidden, units, x, arguments):
         return units
     return "its output depends on a hidden unit in more ways than through its output layer"
@@ -90,53 +90,86 @@ def random_copy(ffn: nn.Module) -> nn.Module:
     return ffn
 
 
-def _group(ffn: nn.Module, layer: nn.Module, x: Tensor, arguments: Mapping[str, Any]) -> tuple[Unit, ...] | str:
-    import torch_pruning as tp
+class Dependencies:
+    """What torch-pruning says of a traced module.
 
-    names: dict[Any, str] = {module: path for path, module in ffn.named_modules()}
-    own = {parameter: name for name, parameter in ffn.named_parameters() if parameter.ndim == 1}
-    with torch.enable_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it guesses at parameters that no layer owns; what it says is tried out
-        graph = tp.DependencyGraph().build_dependency(
-            ffn, example_inputs=x, forward_fn=lambda model, inputs: model(inputs, **arguments)
-        )
-    prune = tp.prune_linear_in_channels if isinstance(layer, nn.Linear) else tp.prune_conv_in_channels
+    Args:
+        module: the module, with gradients on.
+        x, arguments: what it is called with.
+
+    Raises:
+        One of `UNTRACEABLE`.
+    """
+
+    def __init__(self, module: nn.Module, x: Tensor, arguments: Mapping[str, Any] | None = None) -> None:
+        import torch_pruning as tp
+
+        given = dict(arguments or {})
+        self._tp = tp
+        self._paths: dict[Any, str] = {each: path for path, each in module.named_modules()}
+        self._names: dict[Any, str] = {parameter: name for name, parameter in module.named_parameters()}
+        self._order = {name: position for position, name in enumerate(module.state_dict())}
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it guesses at parameters that no layer owns; what it says is tried out
+            self._graph = tp.DependencyGraph().build_dependency(
+                module, example_inputs=x, forward_fn=lambda model, inputs: model(inputs, **given)
+            )
+
+    def members(self, layer: nn.Module, *, produces: bool) -> Iterator[tuple[str, Any, bool, list[int]]]:
+        """What goes with the first input, or output, of a Linear or convolution: (path, the module or a parameter that
+        no layer owns, whether its outputs go, their indices)."""
+        tp, kind = self._tp, "linear" if isinstance(layer, nn.Linear) else "conv"
+        prune = getattr(tp, f"prune_{kind}_{'out' if produces else 'in'}_channels")
+        for dependency, indices in self._graph.get_pruning_group(layer, prune, idxs=[0]):
+            member = dependency.target.module
+            path = self._paths.get(member, self._names.get(member))
+            if path is not None or isinstance(member, nn.Parameter):  # activations and reshapes hold nothing
+                goes = self._graph.is_out_channel_pruning_fn(dependency.handler)
+                yield path or "", member, goes, [int(i) for i in indices]
+
+    def sort(self, units: Iterable[Unit]) -> tuple[Unit, ...]:
+        """In the order of the state dict, each once."""
+        return tuple(sorted(set(units), key=lambda unit: (self._order[unit[0]], *unit[1:])))
+
+
+UNTRACEABLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def _group(graph: Dependencies, layer: nn.Module) -> tuple[Unit, ...] | str:
     units: list[Unit] = []
-    for dependency, indices in graph.get_pruning_group(layer, prune, idxs=[0]):
-        module, produces = dependency.target.module, graph.is_out_channel_pruning_fn(dependency.handler)
-        if module not in names:
-            if module in own:
-                units += _at(own[module], 0, indices)
-            elif isinstance(module, nn.Parameter):
+    for path, module, produces, indices in graph.members(layer, produces=False):
+        if isinstance(module, nn.Parameter):
+            if not path or module.ndim != 1:
                 return "torch-pruning finds a parameter in the group that no layer owns"
-            continue  # activations and reshapes hold nothing
-        hanging = _hanging(module, produces)
-        if hanging is None:
-            return f"its {type(module).__name__} {names[module]} couples the hidden units"
-        for parameter, dim in hanging:
-            units += _at(f"{names[module]}.{parameter}", dim, indices)
-    order = {name: position for position, name in enumerate(ffn.state_dict())}
-    return tuple(sorted(set(units), key=lambda unit: (order[unit[0]], *unit[1:])))
+            units += at(path, 0, indices)
+            continue
+        found = hanging(module, produces)
+        if found is None:
+            return f"its {type(module).__name__} {path} couples the hidden units"
+        for parameter, dim in found:
+            units += at(f"{path}.{parameter}", dim, indices)
+    return graph.sort(units)
 
 
-def _at(name: str, dim: int, indices: Iterable[int]) -> list[Unit]:
-    return [(name, dim, int(i)) if i else (name, dim) for i in indices]
+def at(name: str, dim: int, indices: Iterable[int]) -> list[Unit]:
+    """Units of a parameter at these places."""
+    return [(name, dim, i) if i else (name, dim) for i in indices]
 
 
-def _beside(ffn: nn.Module, hanging: Iterable[Unit], hidden: int) -> Iterator[tuple[str, int, Range]]:
+def _beside(ffn: nn.Module, found: Iterable[Unit], hidden: int) -> Iterator[tuple[str, int, Range]]:
     """What is no hidden unit in the parameters that they hang on."""
     values = {**dict(ffn.named_parameters()), **dict(ffn.named_buffers())}
     starts: dict[tuple[str, int], list[int]] = {}
-    for name, dim, *offset in hanging:
+    for name, dim, *offset in found:
         starts.setdefault((name, dim), []).append(sum(offset))
-    for (name, dim), found in starts.items():
-        edges = [0, *(edge for start in sorted(found) for edge in (start, start + hidden)), values[name].shape[dim]]
+    for (name, dim), own in starts.items():
+        edges = [0, *(edge for start in sorted(own) for edge in (start, start + hidden)), values[name].shape[dim]]
         for start, stop in zip(edges[::2], edges[1::2], strict=True):
             if start < stop:
                 yield name, dim, (start, stop)
 
 
-def _hanging(module: nn.Module, produces: bool) -> list[tuple[str, int]] | None:
+def hanging(module: nn.Module, produces: bool) -> list[tuple[str, int]] | None:
     """(parameter or buffer, dimension) of a module that hang on one of its channels; None if it cannot be narrowed."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         depthwise = isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels == module.out_channels

@@ -56,7 +56,7 @@ HOSTILE: dict[str, Edit] = {
     "a missing bias": Slice(path="blocks.0.norm1.eps", dim=0, kept=((0, 8),)),
     "a slice out of range": Slice(path="blocks.0.mlp.fc1.weight", dim=0, kept=((0, 193),)),
     "a dimension too many": Slice(path="blocks.0.mlp.fc1.bias", dim=1, kept=((0, 1),)),
-    "a parameter without rules": Slice(path="pos_embed", dim=2, kept=((0, 8),)),
+    "a parameter without rules": Slice(path="pos_embed", dim=1, kept=((0, 8),)),
     "a missing attribute": SetAttr(path="blocks.0.attn", name="heads", value=1),
     "a bool": SetAttr(path="blocks.0.attn", name="fused_attn", value=0),
     "the training mode": SetAttr(path="blocks.0.attn", name="training", value=1),
