@@ -13,9 +13,10 @@ from models import files, images, snapshot, vit
 from sampled import sampled
 
 import msa2conv
-from msa2conv import Calibration, Conversion, calibrate, convert
+from msa2conv import FFN, Calibration, Conversion, calibrate, convert, latency as latency_module
 from msa2conv.errors import InfeasibleBudget, InvalidArgument, InvalidTarget, Msa2ConvError
 from msa2conv.latency import parse_latency
+from msa2conv.planning import choose_at
 from msa2conv.report.conversion import Report
 
 WIDE = {"embed_dim": 96, "img_size": 64, "depth": 3}
@@ -118,6 +119,35 @@ def test_what_no_correction_reaches_is_said(calibration: Calibration, monkeypatc
     assert busy.startswith("the machine was busy: half of the times spread over 80% of the median; measure again ")
     more = latency.ratio / 0.75 - 1
     assert missed == f"the hybrid takes {more:.0%} more time than asked for, after 1 correction"
+
+
+def test_the_same_plan_again_ends_the_corrections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a few widths no correction can use what is left; what was timed is not timed again."""
+    clock = use(monkeypatch, Clock({"hybrid": 0.9}))
+    coarse = calibrate(vit(**WIDE), images(16, 64), levers=FFN(round_to=192, min_keep=0.5), progress=False)
+    result = convert(vit(**WIDE), latency_target=0.95, calibration=coarse, progress=False)
+    latency = result.report.latency
+    assert latency is not None and latency.off < -0.05, "still not close, so that it would go on"
+    assert clock.timed.count("hybrid") == len(set(latency.attempts)) == len(latency.attempts) == 2
+
+
+def test_a_correction_that_both_budgets_forbid_ends_them(
+    calibration: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, Clock({"hybrid": 1.2}))
+    asked: list[float] = []
+
+    def once(*args: Any, **given: Any) -> Any:
+        asked.append(given["limit"].most)
+        if len(asked) > 1:
+            raise InfeasibleBudget("latency_target", "what is left", "more", "Allow more.")
+        return choose_at(*args, **given)
+
+    monkeypatch.setattr(latency_module, "choose_at", once)
+    result = convert(vit(**WIDE), 0.8, latency_target=0.8, calibration=calibration, progress=False)
+    latency = result.report.latency
+    assert latency is not None and len(latency.attempts) == 1 and asked[1] < asked[0]
+    assert "after 0 corrections" in latency.warnings[-1]
 
 
 def test_what_is_free_is_taken_though_it_leaves_time_unused(monkeypatch: pytest.MonkeyPatch) -> None:

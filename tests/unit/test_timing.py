@@ -80,6 +80,18 @@ def test_alike_sites_share_times_and_a_few_widths_stand_for_all(monkeypatch: pyt
     assert [times.of(option) for option in in_order] == sorted(times.of(option) for option in widths)
 
 
+def test_a_module_is_timed_behind_the_nearest_of_another_geometry() -> None:
+    model, inputs = vit(depth=3), images(1)
+    sites = {site.path: site for site in msa2conv.inspect(model).claims.sites}
+    caught = timing._catch(model, ["", *sites], inputs)
+    ahead = {path: timing._in_front(model, sites, caught, path) for path in sites}
+    found = {path: None if ready is None else ready.args[1] for path, ready in ahead.items()}  # type: ignore[attr-defined]
+    assert found["blocks.1.attn"] == "blocks.0.mlp" and found["blocks.1.mlp"] == "blocks.1.attn"
+    assert found["blocks.0.attn"] == "blocks.0.mlp", "nothing stands before the first: the nearest behind it"
+    attentions = {path: site for path, site in sites.items() if path.endswith("attn")}
+    assert timing._in_front(model, attentions, caught, "blocks.1.attn") is None
+
+
 def test_what_was_timed_once_is_not_timed_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model, path = vit(), tmp_path / "times.json"
     calibration = msa2conv.calibrate(model, images(), levers=("mixer", "merge_tokens"), progress=False)

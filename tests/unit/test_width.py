@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from clock import Clock, seconds, use
 from models import images, same, vit
 from torch import Tensor, nn
 
@@ -297,12 +298,30 @@ def test_an_interrupted_calibration_goes_on(tmp_path: Path, monkeypatch: pytest.
     assert not (tmp_path / "kept").exists()
 
 
-def test_a_budget_of_time_is_kept_in_a_narrower_network() -> None:
-    calibration = converted().calibration
-    assert calibration is not None
-    result = msa2conv.convert(vit(), 0.45, latency_target=0.99, calibration=calibration)
-    assert WHOLE in result.plan.choices and result.report.latency.target is not None
-    assert len(result.report.latency.attempts) >= 1
+def test_a_budget_of_time_is_kept_in_a_narrower_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shares of the time are those of the original's, whatever network sites choose in."""
+    use(monkeypatch, Clock())
+    wide: dict[str, Any] = {"embed_dim": 96, "img_size": 64, "depth": 3}
+    levers = ("ffn", Width(keep=(0.5,)))
+    calibration = msa2conv.calibrate(vit(**wide), images(16, 64), levers=levers, progress=False)
+    with pytest.raises(msa2conv.errors.InfeasibleBudget, match="the floor of the allowed levers on this device"):
+        msa2conv.convert(vit(**wide), latency_target=0.4, calibration=replace(calibration, narrower=[]))
+    inputs, model = torch.randn(1, 3, 64, 64), vit(**wide)
+    whole = seconds(lambda: model(inputs))
+    for target in (0.4, 0.35):
+        result = msa2conv.convert(model, latency_target=target, calibration=calibration, progress=False)
+        found = seconds(lambda result=result: result.model(inputs)) / whole
+        assert result.plan.choices[WHOLE] == "48 of 96 channels"
+        assert found == pytest.approx(target, rel=0.05) == pytest.approx(result.report.latency.predicted, rel=0.02)
+
+
+def test_a_kind_that_is_slower_in_a_narrower_network_is_corrected(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, Clock(in_networks={"Mlp": 1.3}))
+    wide: dict[str, Any] = {"embed_dim": 96, "img_size": 64, "depth": 3}
+    calibration = msa2conv.calibrate(vit(**wide), images(16, 64), levers=("ffn", Width(keep=(0.5,))), progress=False)
+    result = msa2conv.convert(vit(**wide), latency_target=0.35, calibration=calibration, progress=False)
+    latency = result.report.latency
+    assert latency.predicted is not None and abs(latency.off) <= 0.05 and len(latency.attempts) <= 2
 
 
 def test_it_can_be_polished_and_fine_tuned() -> None:
