@@ -36,7 +36,7 @@ from .rivals.token_merging import constant, token_merging
 MODELS = ("vit_tiny_patch16_224", "deit_small_patch16_224", "vit_base_patch16_224")
 SHOWN = (
     "the default", *(f"{name} alone" for name in ALL),
-    "default but merge_in_site", "all but merge_in_site", "mixer and ffn",
+    "default but merge_in_site", "all but merge_in_site", "mixer and ffn", "width alone", "width and ffn",
 )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Lever "width": residual streams with fewer channels; off unless asked for.
 
-Every width is a network of its own, in which the other levers choose: `msa2conv.search.narrowing` fits and calibrates
-it. Which parameters hang on a channel, `msa2conv.transforms.widths` has found out.
+Every width is a network of its own, in which the other levers choose: `narrow` fits it, `msa2conv.search.narrowing`
+calibrates it. Which parameters hang on a channel, `msa2conv.transforms.widths` has found out.
 """
 
 from __future__ import annotations

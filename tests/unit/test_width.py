@@ -21,13 +21,13 @@ from msa2conv.cost import count_flops
 from msa2conv.errors import InvalidArgument
 from msa2conv.laws import LOWERING, check_same
 from msa2conv.levers import resolve_levers
+from msa2conv.levers.narrow import narrowed
 from msa2conv.options import Option
 from msa2conv.plan import WHOLE, Plan, SetAttr, Slice
 from msa2conv.planning import choose_at, network_of
 from msa2conv.report.inspection import Inspection
 from msa2conv.search import resume
 from msa2conv.search.measure import distance, outputs
-from msa2conv.search.narrowing import narrowed
 from msa2conv.sites import ResidualStream, WidthGroup
 from msa2conv.transforms.lift import edited, lift
 from msa2conv.transforms.widths import _refused, find_width
