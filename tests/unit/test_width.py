@@ -21,10 +21,10 @@ from msa2conv.cost import count_flops
 from msa2conv.errors import InvalidArgument
 from msa2conv.laws import LOWERING, check_same
 from msa2conv.levers import resolve_levers
-from msa2conv.levers.narrow import narrowed
+from msa2conv.levers.narrow import _Regression, narrowed
 from msa2conv.options import Option
 from msa2conv.plan import WHOLE, Plan, SetAttr, Slice
-from msa2conv.planning import choose_at, network_of
+from msa2conv.planning import choose_at, network_of, tradeoff
 from msa2conv.report.inspection import Inspection
 from msa2conv.search import resume
 from msa2conv.search.measure import distance, outputs
@@ -183,6 +183,17 @@ def test_readers_make_up_for_what_is_gone(channels: int) -> None:
     assert far[1] < 0.8 * far[0]
 
 
+def test_prefix_tokens_count_as_much_as_all_patches_together() -> None:
+    """What a layer cannot explain it meets half-way, however many patches there are."""
+    layer = nn.Linear(3, 1).requires_grad_(False)
+    x, wanted = torch.zeros(40, 21, 3), torch.zeros(40, 21, 1)
+    wanted[:, :2] = 1.0
+    for prefix, expected in ((2, 0.5), (0, 2 / 21)):
+        regression = _Regression(layer, None, prefix)
+        regression.update(x, wanted)
+        assert float(regression.refit()["bias"]) == pytest.approx(expected)
+
+
 def test_the_channel_that_nothing_reads_goes_first() -> None:
     model = working_copy(tiny.build("vit"))
     readers = [name for name, dim, *_ in group_of(model).streams[0].hanging if dim == 1]
@@ -336,6 +347,16 @@ def test_it_can_be_polished_and_fine_tuned() -> None:
 def test_the_exact_passes_leave_it_as_it_is() -> None:
     found = msa2conv.streamline(converted())
     torch.testing.assert_close(found.model(images(4)), converted().model(images(4)), rtol=1e-4, atol=1e-4)
+
+
+def test_the_trade_off_goes_on_below_what_the_whole_network_can_reach() -> None:
+    _, _, calibration = calibrated("vit")
+    alone, both = tradeoff(replace(calibration, narrower=[])), tradeoff(calibration)
+    below = [point for point in both if point.flops < alone[0].flops]
+    scores = [narrow.option.score or 0.0 for narrow in calibration.narrower]
+    assert below and min(point.loss for point in below) >= min(scores) > 0, "it starts from what the width has lost"
+    assert [point.loss for point in both] == sorted((point.loss for point in both), reverse=True)
+    assert both[-1] == alone[-1] and both[-1].loss == 0
 
 
 def test_what_uses_the_budget_goes_before_what_cannot() -> None:
