@@ -25,8 +25,11 @@ from msa2conv.ops import Skip
 from msa2conv.options import Option
 from msa2conv.report.inspection import Inspection
 from msa2conv.search.measure import tensor_of
+from msa2conv.sites import WidthGroup
 from msa2conv.stream import Drop
 from msa2conv.transforms.apply import apply_edits, replace_submodule
+from msa2conv.transforms.lift import edited
+from msa2conv.transforms.widths import find_width
 from msa2conv.workbench import working_copy
 
 # One of every kind: a sequence, windows, strided and grouped maps, unfused q, k, v, attentions of other libraries.
@@ -105,6 +108,27 @@ def test_it_converts(family: str, tmp_path: Path) -> None:
     again = msa2conv.load(result.save(tmp_path / "hybrid.safetensors"), model)
     assert torch.equal(output(again, images), output(result.model, images))
     assert mixing(result.model, images) <= max(1e-5, mixing(model, images))  # timm 1.0.21's GC ViT mixes images
+
+
+NARROWER = ("coatnet", "efficientformer_v2", "hiera", "levit", "maxvit", "mobilevit", "mvitv2", "sam", "tiny_vit")
+NARROWER_ELSEWHERE = ("hf_mobilevit",)  # most of transformers' are tested without their heads: the stream is the output
+
+
+@families((*NARROWER[1::3], "beit", "pit", "swin_v2", "tv_vit"))
+@torch.no_grad()
+def test_how_many_can_be_narrower(family: str) -> None:
+    """Half of the channels: another output of the same shape; whatever cannot says why."""
+    model = working_copy(backbones.build(family))
+    seen = msa2conv.observe(model, backbones.images(family, 1))
+    group = find_width(model, inspected(family)[1].claims.sites, seen)
+    if family not in (*NARROWER, *NARROWER_ELSEWHERE):
+        assert isinstance(group, str) and group.startswith(("its channels are no matter of slices: ", "torch-pruning "))
+        return
+    assert isinstance(group, WidthGroup), group
+    narrow = edited(model, "", group.edits(range(stream.channels // 2) for stream in group.streams))
+    whole, half = output(model, seen.inputs), output(narrow, seen.inputs)
+    assert whole.shape == half.shape and not torch.allclose(whole, half, rtol=1e-3, atol=1e-3)
+    assert count_flops(narrow, seen.inputs) < 0.95 * count_flops(model, seen.inputs)
 
 
 @pytest.mark.parametrize(

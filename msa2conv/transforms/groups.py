@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from ..observation import Given, tensor_in
 from ..plan import Range
 from ..sites import Unit, Units
 from .apply import apply_edits
+
+_MOST = 256  # indices that hang on one channel
 
 
 def hidden_units(
@@ -114,6 +117,9 @@ class Dependencies:
             self._graph = tp.DependencyGraph().build_dependency(
                 module, example_inputs=x, forward_fn=lambda model, inputs: model(inputs, **given)
             )
+        for node in self._graph.module2node.values():
+            for dependency in node.dependencies:
+                dependency.index_mapping = _Bounded(dependency.index_mapping)
 
     def members(self, layer: nn.Module, *, produces: bool) -> Iterator[tuple[str, Any, bool, list[int]]]:
         """What goes with the first input, or output, of a Linear or convolution: (path, the module or a parameter that
@@ -130,6 +136,22 @@ class Dependencies:
     def sort(self, units: Iterable[Unit]) -> tuple[Unit, ...]:
         """In the order of the state dict, each once."""
         return tuple(sorted(set(units), key=lambda unit: (self._order[unit[0]], *unit[1:])))
+
+
+class _Bounded(list[Any]):
+    """Index maps that fail where one channel is said to become very many: where torch-pruning misreads a reshape, its
+    lists grow without end."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for mapping in super().__iter__():
+            yield None if mapping is None else partial(_bounded, mapping)
+
+
+def _bounded(mapping: Callable[[list[Any]], list[Any]], indices: list[Any]) -> list[Any]:
+    found = mapping(indices)
+    if len(found) > _MOST:
+        raise ValueError(f"more than {_MOST} indices hang on one channel")
+    return found
 
 
 UNTRACEABLE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
