@@ -28,7 +28,6 @@ from .common import against, packed_photos, split, vit_tiny, write
 from .rivals.token_merging import constant, token_merging
 
 ALL = EVERY
-WIDTH = msa2conv.Width(keep=(0.875, 0.75))
 VARIANTS = {
     "the default": DEFAULT,
     "all": ALL,
@@ -101,7 +100,7 @@ def calibrated(model: nn.Module, images: Tensor | None, path: Path | None, seed:
         calibration = msa2conv.Calibration.load(path, msa2conv.inspect(model).claims)
         calibration.check_model(model)
         return calibration
-    calibration = msa2conv.calibrate(model, images, levers=(*ALL, WIDTH), seed=seed)
+    calibration = msa2conv.calibrate(model, images, levers=(*ALL, "width"), seed=seed)
     if path is not None:
         calibration.save(path)
     return calibration

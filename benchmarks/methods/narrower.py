@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 import msa2conv
-from msa2conv import Width
 from msa2conv.levers import DEFAULT
 
 from .base import Context
 from .ours import calibrated
 
-_LEVERS = (*DEFAULT, Width(keep=(0.875, 0.75)))
+_LEVERS = (*DEFAULT, "width")
 
 
 @dataclass(frozen=True)

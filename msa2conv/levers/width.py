@@ -32,7 +32,7 @@ class Width(BaseModel, Alone):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["width"] = "width"
-    keep: Annotated[tuple[float, ...], Field(min_length=1), AfterValidator(_of_channels)] = (0.9, 0.75)
+    keep: Annotated[tuple[float, ...], Field(min_length=1), AfterValidator(_of_channels)] = (0.875, 0.75)
     round_to: int = Field(default=8, ge=1)
 
     def applies(self, site: Site) -> bool:
