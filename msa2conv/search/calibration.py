@@ -115,10 +115,9 @@ class Calibration:
     def widths(self) -> list[tuple[Option | None, Calibration]]:
         """The networks in which sites choose, the model as it is first: (what makes it, its calibration)."""
         found: list[tuple[Option | None, Calibration]] = [(None, self)]
-        for (
-            narrow
-        ) in self.narrower:  # a plan's cost is a sum over the model as it is: the difference is on this account
+        for narrow in self.narrower:
             paths = narrow.calibration.options()
+            # a plan's cost is a sum over the sites of the model as it is: all else that gets cheaper counts here
             flops = narrow.calibration.costs.outside(paths) - self.costs.outside(paths)
             found.append((replace(narrow.option, flops=flops), narrow.calibration))
         return found
