@@ -33,6 +33,7 @@ from .workbench import unwrap
 
 REPORT_FILE, EVALUATION_FILE = "report.json", "evaluation.json"
 _LAGGING = 0.1  # of the original's time, behind the FLOPs; on a busy machine more
+_ALIKE = 1e-5  # of the largest output: no difference between images
 
 
 @dataclass(frozen=True)
@@ -260,7 +261,7 @@ def make_report(
         sites=run.sites,
         tradeoff=tradeoff(calibration),
         locality=run.locality,
-        warnings=[*run.warnings, *calibration.warnings, *_hints(plan, calibration, found, run.latency)],
+        warnings=[*run.warnings, *calibration.warnings, *_hints(plan, calibration, found, run.latency, after)],
     )
 
 
@@ -303,8 +304,13 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({os.cpu_count()} cores)"
 
 
-def _hints(plan: Plan, calibration: Calibration, found: float, latency: Latency) -> list[str]:
+def _hints(plan: Plan, calibration: Calibration, found: float, latency: Latency, after: Tensor) -> list[str]:
     hints, kept = latency.warnings, plan.flops / plan.base.flops
+    if float((after - after[:1]).abs().max()) <= _ALIKE * float(after.abs().max()):
+        hints.append(
+            "the hybrid answers every image alike: nothing of them reaches its output any more; "
+            "allow more FLOPs or time"
+        )
     if latency.target is None and latency.ratio > kept + max(_LAGGING, latency.spread):
         many = "one image" if latency.batch_size == 1 else f"{latency.batch_size} images"
         hints.append(

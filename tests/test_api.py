@@ -197,6 +197,16 @@ def test_without_data_the_shipped_photos_are_used() -> None:
     assert any("pass data=your images" in warning for warning in report.warnings) and plain in str(report)
 
 
+@pytest.mark.parametrize(("share", "told"), [(0.69, True), (0.9, False)])
+def test_a_hybrid_that_no_image_reaches_is_said_to_be_one(share: float, told: bool) -> None:
+    """Without any attention a class token hears nothing of the patches: the cheapest network, and a useless one."""
+    result = msa2conv.convert(vit(), share, data=images(), levers=Mixer(ops=("skip",)))
+    answers = result.model(images(4))
+    assert bool((answers - answers[:1]).abs().max() < 1e-5) is told
+    text = "the hybrid answers every image alike: nothing of them reaches its output any more; allow more FLOPs or time"
+    assert (text in result.report.warnings) is told
+
+
 def test_the_shipped_photos_are_normalised_as_the_model_says() -> None:
     import timm
 
