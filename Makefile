@@ -34,7 +34,7 @@ test-all: lint
 	$(PYTHON) -m venv --clear .venv-oldest
 	echo '*' > .venv-oldest/.gitignore
 	$(OLDEST)/pip install --quiet -c tests/oldest.txt torch torchvision
-	$(OLDEST)/pip install --quiet -c tests/oldest.txt -e '.[cli,train]' 'pytest>=8' 'hypothesis>=6'
+	$(OLDEST)/pip install --quiet -c tests/oldest.txt -e '.[cli,train,report,onnx]' 'pytest>=8' 'hypothesis>=6'
 	touch $@
 
 # Left out: what needs TensorBoard, and what compares with torch's own counter, which does not see the CPU's fused
