@@ -11,9 +11,9 @@ from pathlib import Path
 
 import backbones
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
+from versions import NARROW_ATTENTION
 
 import msa2conv
 from msa2conv import MergeInSite, ThinAttention
@@ -112,7 +112,7 @@ def test_it_converts(family: str, tmp_path: Path) -> None:
 
 
 NARROWER = ("coatnet", "efficientformer_v2", "hiera", "levit", "maxvit", "mobilevit", "mvitv2", "sam", "tiny_vit")
-OF_VITS = ("mobilevit",)  # blocks of timm's ViT, whose attention reshapes to the width of its input before 1.0.23
+OF_VITS = ("mobilevit",)  # made of blocks of timm's ViT
 NARROWER_ELSEWHERE = ("hf_mobilevit",)  # most of transformers' are tested without their heads: the stream is the output
 
 
@@ -123,8 +123,7 @@ def test_how_many_can_be_narrower(family: str) -> None:
     model = working_copy(backbones.build(family))
     seen = msa2conv.observe(model, backbones.images(family, 1))
     group = find_width(model, inspected(family)[1].claims.sites, seen)
-    early = tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 23)
-    if family not in (*NARROWER, *NARROWER_ELSEWHERE) or (early and family in OF_VITS):
+    if family not in (*NARROWER, *NARROWER_ELSEWHERE) or (family in OF_VITS and not NARROW_ATTENTION):
         assert isinstance(group, str) and group.startswith(("its channels are no matter of slices: ", "torch-pruning "))
         return
     assert isinstance(group, WidthGroup), group

@@ -10,6 +10,7 @@ import torch
 from conftest import case_of
 from models import images, swin, vit
 from torch import Tensor, nn
+from versions import NARROW_ATTENTION
 
 import msa2conv
 from msa2conv import Calibration, Conversion, ThinAttention
@@ -142,5 +143,6 @@ def test_a_head_that_says_nothing_goes_and_nothing_is_lost(silent: int) -> None:
 def test_it_applies_where_heads_are_known() -> None:
     lever = ThinAttention()
     site: AttentionSite = msa2conv.inspect(swin()).claims.attentions[0]
-    assert lever.applies(site) and lever.applies(case_of("qk_norm").seen.claims.attentions[0])
+    assert lever.applies(site)
+    assert lever.applies(case_of("qk_norm").seen.claims.attentions[0]) is NARROW_ATTENTION
     assert not lever.applies(replace(site, head_units=None))

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import tiny
 import torch
 from clock import Clock, seconds, use
 from models import images, same, vit
 from torch import Tensor, nn
+from versions import NARROW_ATTENTION
 
 import msa2conv
 from msa2conv import Calibration, Conversion, Width
@@ -36,8 +36,9 @@ from msa2conv.workbench import working_copy
 
 OTHERS = ("swin_padded", "foreign")
 NAMES = ("vit", "distilled", "qk_norm", "non_square", *OTHERS)
-NARROW_VITS = tuple(map(int, timm.__version__.split(".")[:3])) >= (1, 0, 23)
-of_vits = pytest.mark.skipif(not NARROW_VITS, reason="its ViT reshapes to the width of its input, which is refused")
+of_vits = pytest.mark.skipif(
+    not NARROW_ATTENTION, reason="its ViT reshapes to the width of its input, which is refused"
+)
 SMALL = Width(keep=(0.75, 0.5))
 LEVERS = ("mixer", "ffn", "merge_in_site", "thin_attention", SMALL)
 
@@ -135,7 +136,7 @@ def test_channels_that_are_read_by_place_are_refused() -> None:
     assert found == "its channels are no matter of slices: in another order the output is another"
 
 
-@pytest.mark.skipif(NARROW_VITS, reason="timm before 1.0.23")
+@pytest.mark.skipif(NARROW_ATTENTION, reason="timm before 1.0.23")
 def test_a_vit_that_reshapes_to_the_width_of_its_input_is_refused() -> None:
     found = msa2conv.inspect(vit(), levers="width").width
     assert found == "its channels are no matter of slices: with half of them it fails (RuntimeError)"
