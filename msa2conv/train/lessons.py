@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..adapters.build import example_size, preprocessing
 from ..conversion import Conversion
 from ..errors import ArchitectureMismatch, InvalidArgument
-from ..plan import Wrap
+from ..plan import WHOLE, Wrap
 from ..search.measure import Measure, OutputFn, default_measure, first_tensor, tensor_of
 from ..workbench import unwrap, working_copy
 from .data import Batches, classes_of
@@ -82,6 +82,8 @@ class Lessons:
             self.teacher = self.original if self.original(images[:2]).shape == imitated.shape else None
             if self.teacher is None:
                 self.warnings.append("the original has other classes: it taught the local stage only")
+        if WHOLE in self.conversion.plan.choices and any(stage.kind == "local" for stage in self.asked):
+            self.warnings.append("no local stage: the original's activations have more channels than the hybrid's")
         self.stages = tuple(stage for stage in self.asked if self._possible(stage))
         if not self.stages:
             why = "; ".join(self.warnings) or "nothing was replaced that could learn"
@@ -133,9 +135,12 @@ class Lessons:
 def changed(conversion: Conversion) -> list[str]:
     """Sites whose module was replaced or narrowed and can learn; of one inside another, the outer one.
 
-    A module that only sees merged tokens has the original's weights: there is nothing that it could do better.
+    A module that only sees merged tokens has the original's weights: there is nothing that it could do better. Where
+    the whole network is narrower, the original's activations have other channels: none.
     """
     plan = conversion.plan
+    if WHOLE in plan.choices:
+        return []
     edits = [f"{edit.path}." for edit in plan.edits if not isinstance(edit, Wrap)]
     paths = [site for site in plan.sites if any(path.startswith(f"{site}.") for path in edits)]
     model = unwrap(conversion.model)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from versions import NARROW_ATTENTION
 
 import msa2conv
-from msa2conv import Calibration, Conversion, Width
+from msa2conv import Calibration, Conversion, Stage, Width
 from msa2conv.cost import count_flops
 from msa2conv.errors import InvalidArgument
 from msa2conv.laws import LOWERING, check_same
@@ -364,10 +364,14 @@ def test_a_kind_that_is_slower_in_a_narrower_network_is_corrected(monkeypatch: p
 def test_it_can_be_polished_and_fine_tuned() -> None:
     result = msa2conv.convert(vit(), 0.45, data=images(), levers=("ffn", SMALL), distill_steps=3)
     assert result.report.distance_polished is not None
-    batches = [(images(8), torch.arange(8) % 10)]
-    recipe = msa2conv.Recipe(epochs=1) if hasattr(msa2conv, "Recipe") else None
-    if recipe is not None:
-        assert msa2conv.finetune(result, batches, recipe=recipe) is not None
+    stages = [Stage(kind="local", epochs=1), Stage(kind="distill", epochs=1)]
+    arguments: dict[str, Any] = {"batch_size": 8, "progress": False}
+    after = msa2conv.finetune(result, images(32, seed=2), stages=stages, **arguments)
+    assert after.plan == result.plan and not same(after.model, result.model)
+    text = "no local stage: the original's activations have more channels than the hybrid's"
+    with pytest.raises(InvalidArgument, match=text):
+        msa2conv.finetune(result, images(32, seed=2), stages=stages[:1], **arguments)
+    assert msa2conv.finetune(result, images(32, seed=2), epochs=1, **arguments).report.training is not None
 
 
 @of_vits
