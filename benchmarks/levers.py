@@ -132,8 +132,8 @@ def hybrids(
         plan, tensors = msa2conv.make_plan(model, seen, choice.choices)
         if plans is not None:
             write_text(plans / f"{target} {variant}.json", plan.model_dump_json(indent=1) + "\n")
-        whole = (plan.choices.get(path, "") for path in ("", "blocks"))
-        yield variant, msa2conv.apply(plan, model, tensors).eval(), ", ".join(filter(None, whole))
+        whole = ", ".join(name for path, name in plan.choices.items() if path not in plan.sites)
+        yield variant, msa2conv.apply(plan, model, tensors).eval(), whole
 
 
 def rival(model: nn.Module, target: float) -> Iterator[tuple[str, nn.Module, str]]:

@@ -19,7 +19,7 @@ from .gate_training import Loss, convert_by_gates
 from .inspection import Inspection, Levers, inspect, inspect_copy
 from .latency import Stopwatch, choose_in_time, parse_latency
 from .laws import verify
-from .levers import Lever, Width, resolve_levers, width_of
+from .levers import Lever, Width, resolve_levers
 from .locality import head_locality
 from .plan import Preprocessing, weights_sha256
 from .planning import Choice, choose, make_plan, site_costs
@@ -102,10 +102,9 @@ def calibrate_inspected(
     sites = [lever for lever in levers if not isinstance(lever, Width)]
     calibration = calibrate_sites(work, seen.claims, seen.costs, pictures, sites, source=source, **same)
     calibration.weights = weights_sha256(original)
-    width, example = width_of(levers), pictures[:1].to(next(work.parameters()).device)
-    if width is not None and seen.width is not None:
+    if seen.width is not None:
         calibration.narrower = calibrate_widths(
-            work, seen.claims, seen.width, width, sites, calibration, pictures, example, **same
+            work, seen.claims, seen.width, seen.narrower, sites, calibration, pictures, **same
         )
         calibration.seconds += sum(narrow.calibration.seconds for narrow in calibration.narrower)
     return calibration, pictures

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from .levers import Lever, floor, resolve_levers, width_of
 from .observation import observe
 from .plan import WHOLE, parameter_count
 from .report.inspection import Inspection
-from .sites import Claims, WidthGroup
+from .sites import WidthGroup
 from .transforms.heads import with_heads
 from .transforms.lift import edited
 from .transforms.mergeable import with_merging
@@ -92,10 +92,13 @@ def inspect_copy(
     width = width_of(levers)
     streams = None if width is None else find_width(work, claims.sites, seen)
     lowest = floor(claims, costs, levers)
+    narrower: dict[tuple[int, ...], CostModel] = {}
     if width is not None and isinstance(streams, WidthGroup):
-        lowest = min(
-            [lowest, *(_floor(work, claims, streams, kept, example, levers) for kept in width.channels(streams))]
-        )
+        for channels in width.channels(streams):
+            narrow = edited(work, WHOLE, streams.edits(map(range, channels)))  # which are left does not matter
+            own = claims.of_width(streams.left(channels))
+            narrower[channels] = CostModel.measure(narrow, observe(narrow, example), own.sites, own.stream)
+            lowest = min(lowest, floor(own, narrower[channels], levers))
     return Inspection(
         name=_name(original),
         claims=claims,
@@ -106,21 +109,8 @@ def inspect_copy(
         unmerged=unmerged,
         not_through=stream if isinstance(stream, str) else None,
         width=streams,
+        narrower=narrower,
     )
-
-
-def _floor(
-    work: nn.Module,
-    claims: Claims,
-    group: WidthGroup,
-    channels: Sequence[int],
-    example: Tensor,
-    levers: tuple[Lever, ...],
-) -> int:
-    """Multiply-adds below which a narrower network cannot go; which channels are left does not matter."""
-    narrow, own = edited(work, WHOLE, group.edits(map(range, channels))), claims.of_width(group.left(channels))
-    costs = CostModel.measure(narrow, observe(narrow, example), own.sites, own.stream)
-    return floor(own, costs, levers)
 
 
 def _name(model: nn.Module) -> str:

@@ -88,7 +88,7 @@ def _rows(layer: nn.Module, x: Tensor) -> Tensor:
     return (x.flatten(2).mT if isinstance(layer, nn.Conv2d) else x).flatten(0, -2)
 
 
-def _heard(model: nn.Module, readers: dict[str, nn.Module], batches: Iterable[Tensor]) -> dict[str, Tensor]:
+def _heard(model: nn.Module, readers: dict[str, nn.Module], batches: Sequence[Tensor]) -> dict[str, Tensor]:
     """{path: how much of a reader's answer comes from each input [I]} of those that run once, in this order."""
     moments: dict[str, list[Any]] = {}
 
@@ -102,11 +102,9 @@ def _heard(model: nn.Module, readers: dict[str, nn.Module], batches: Iterable[Te
         layer.register_forward_hook(lambda module, args, out, path=path: see(path, module, args[0], out))
         for path, layer in readers.items()
     ]
-    passes = 0
     try:
         for batch in batches:
             model(batch)
-            passes += 1
     finally:
         for handle in handles:
             handle.remove()
@@ -114,7 +112,7 @@ def _heard(model: nn.Module, readers: dict[str, nn.Module], batches: Iterable[Te
     return {
         path: weights[path].square().sum(0) * power_I / max(power, 1e-300)
         for path, (power_I, power, calls) in moments.items()
-        if calls == passes
+        if calls == len(batches)
     }
 
 

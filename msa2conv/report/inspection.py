@@ -24,6 +24,7 @@ class Inspection:
         unmerged: {site path: why its tokens cannot be merged}.
         not_through: why tokens cannot be merged through the network; None where they can.
         width: the residual streams that can get narrower, or why they cannot; None where the levers do not ask.
+        narrower: {channels left of every stream: multiply-adds of the network that has so many}, the widest first.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Inspection:
     unmerged: Mapping[str, str] = field(default_factory=dict)
     not_through: str | None = None
     width: WidthGroup | str | None = None
+    narrower: Mapping[tuple[int, ...], CostModel] = field(default_factory=dict)
 
     def share(self, kind: type[AttentionSite] | type[FFNSite]) -> float:
         """Fraction of all multiply-adds spent in the sites of one kind."""

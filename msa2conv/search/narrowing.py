@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +15,6 @@ from ..errors import InvalidCheckpoint
 from ..files import read_tensors, write_tensors
 from ..levers import Lever
 from ..levers.narrow import narrowed
-from ..levers.width import Width
-from ..observation import observe
 from ..options import Option
 from ..plan import WHOLE, read_edits
 from ..sites import Claims, WidthGroup
@@ -33,31 +31,29 @@ def calibrate_widths(
     model: nn.Module,
     claims: Claims,
     group: WidthGroup,
-    lever: Width,
+    narrower: Mapping[tuple[int, ...], CostModel],
     levers: Sequence[Lever],
     calibration: Calibration,
     images: Tensor,
-    example: Tensor,
     *,
     seed: int = 0,
     progress: bool = True,
     resume: str | os.PathLike[str] | None = None,
     output_fn: OutputFn | None = None,
 ) -> list[Narrowed]:
-    """Fit every width that a lever allows, and calibrate the other levers in it.
+    """Fit every narrower network, and calibrate the levers in it.
 
     Args:
         model, claims: float32, in eval mode, and its sites; not touched.
         group: its residual streams.
-        lever: how narrow it may get.
-        levers: what else may change.
+        narrower: {channels left of every stream: costs}.
+        levers: what may change in it.
         calibration: of the model as it is, on the same images.
         images: [n, C, H, W].
-        example: one of them, for counting.
         seed, progress, resume, output_fn: as for `calibrate_sites`.
     """
     fitting, found = calibration.without_held_out(images)[:_IMAGES], list[Narrowed]()
-    for channels in lever.channels(group):
+    for channels, costs in narrower.items():
         folder = None if resume is None else Path(resume) / f"width-{'-'.join(map(str, channels))}"
         option = None if folder is None else _read(folder / OPTION_FILE)
         if option is None:
@@ -66,11 +62,9 @@ def calibrate_widths(
                 _write(folder / OPTION_FILE, option)
         narrow = edited(model, WHOLE, option.edits, option.tensors())
         left = group.left(channels)
-        own = claims.of_width(left)
-        costs = CostModel.measure(narrow, observe(narrow, example), own.sites, own.stream)
         fitted = calibrate_sites(
             narrow,
-            own,
+            claims.of_width(left),
             costs,
             images,
             levers,
