@@ -28,6 +28,7 @@ from .common import against, packed_photos, split, vit_tiny, write
 from .rivals.token_merging import constant, token_merging
 
 ALL = EVERY
+INSIDE = "default but merge_tokens"  # of a budget of time
 VARIANTS = {
     "the default": DEFAULT,
     "all": ALL,

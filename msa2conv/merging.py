@@ -174,18 +174,27 @@ class Fewer(NamedTuple):
     Args:
         tokens_BKC: prefix tokens, then the means of the patches that went together, group by group.
         size_BK: how many tokens each stands for.
-        row_N: which row of all tokens_BKC, one behind the other, stands for each row of all tokens at first.
+        row_N: which row of all tokens_BKC, one behind the other, stands for each row of all tokens before.
+        before_BN: how many tokens each of those before stood for; None: itself.
     """
 
     tokens_BKC: Tensor
     size_BK: Tensor
     row_N: Tensor
+    before_BN: Tensor | None = None
 
     def spread(self, answers_BKC: Tensor) -> Tensor:
         """Every token that there was gets the answer of the one that stands for it: [B, N, C]."""
         batch, _, channels = answers_BKC.shape
         # whole rows are copied: on a CPU ten times faster than `gather`
         return answers_BKC.reshape(-1, channels).index_select(0, self.row_N).reshape(batch, -1, channels)
+
+    def means(self, tokens_BNC: Tensor) -> Tensor:
+        """Other tokens in the place of those before, merged in the same way: [B, K, C]."""
+        sums_BNC = tokens_BNC if self.before_BN is None else tokens_BNC * self.before_BN[..., None]
+        batch, left = self.size_BK.shape
+        sums_NC = _added(sums_BNC.reshape(-1, tokens_BNC.shape[2]), self.row_N, batch * left)
+        return sums_NC.reshape(batch, left, -1) / self.size_BK[..., None]
 
 
 def merge(
@@ -194,7 +203,7 @@ def merge(
     groups: int,
     schedule: Sequence[Round],
     *,
-    before: Fewer | None = None,
+    size_BN: Tensor | None = None,
     watch: Watch | None = None,
 ) -> Fewer:
     """Merge similar patches of every group of every image; prefix tokens are left alone.
@@ -205,11 +214,11 @@ def merge(
         tokens_BNC: prefix tokens, then the patches.
         prefix, groups: how many there are.
         schedule: the rounds; told as numbers, since a tracer would take a shape for a value that changes.
-        before: the merge that these tokens come from, which the new one then goes on from; None: there was none.
+        size_BN: how many tokens each of them stands for; None: itself.
         watch: see `Merged`.
     """
     batch, _, channels = tokens_BNC.shape  # len() would make a number of a batch of any size
-    sums_BNC = tokens_BNC if before is None else tokens_BNC * before.size_BK[..., None]
+    sums_BNC = tokens_BNC if size_BN is None else tokens_BNC * size_BN[..., None]
     row_N = None
     for count, going in schedule:
         left = prefix + groups * (count - going)
@@ -217,10 +226,9 @@ def merge(
         sums_BNC = _added(sums_BNC.reshape(-1, channels), then_N, batch * left).reshape(batch, left, channels)
         row_N = then_N if row_N is None else then_N.index_select(0, row_N)
     assert row_N is not None
-    each_N = sums_BNC.new_ones(1).expand(row_N.shape) if before is None else before.size_BK.flatten()
+    each_N = sums_BNC.new_ones(1).expand(row_N.shape) if size_BN is None else size_BN.flatten()
     size_BK = _added(each_N, row_N, batch * left).reshape(batch, left)
-    row_N = row_N if before is None else row_N.index_select(0, before.row_N)
-    return Fewer(sums_BNC.div_(size_BK[..., None]), size_BK, row_N)
+    return Fewer(sums_BNC.div_(size_BK[..., None]), size_BK, row_N, size_BN)
 
 
 def _added(rows: Tensor, to_N: Tensor, count: int) -> Tensor:

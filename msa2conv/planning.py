@@ -109,7 +109,8 @@ def choose_at(
 ) -> Choice:
     """Solve the budget exactly in several ways and keep the plan that does best on held-out images.
 
-    The grid of tokens is given up only for a plan that is better than any that keeps it by more than chance explains.
+    Tokens merge through the network, whose blocks then run as one, only in a plan that is better than any other by more
+    than chance explains.
     Merging takes time that FLOPs do not show: what is nearly as good as the best of them and merges at fewer sites is
     tried, too, and taken if it is no further from the original.
 
@@ -142,9 +143,9 @@ def choose_at(
     for name in track(list(found), "compare", progress):
         compare(name)
     best = min(means, key=means.__getitem__)
-    grid_kept = [name for name, optimum in found.items() if optimum.setting.option is None]
-    if grid_kept and not farther(every_N[best], every_N[kept := min(grid_kept, key=means.__getitem__)]):
-        best = kept
+    apart = [name for name, optimum in found.items() if optimum.setting.option is None]
+    if apart and not farther(every_N[best], every_N[nearest := min(apart, key=means.__getitem__)]):
+        best = nearest
     fewer = found[best] if limit else fewest_merges(found[best], options, rest, target)  # a limit knows what they take
     if fewer is not found[best]:
         found[name := best + ", fewer merges"] = fewer

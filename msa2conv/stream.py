@@ -4,23 +4,30 @@ Between the attention and the FFN of a block similar tokens become their mean (B
 But Faster", ICLR 2023), and attentions heed how many each stands for. A pre-norm block has no seam there, so its two
 residual lines, x + after(module(before(x))), are stated again; its modules stay where they are.
 
+Tokens share what the blocks behind a merge add to them. What each has of its own, apart from the mean that it goes
+into, waits beside the residual line and is added when the grid comes back.
+
 Shape suffixes: B batch, N tokens, K tokens that are left, C channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import pairwise
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice, pairwise, takewhile
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from .errors import LayoutMismatch, UnsupportedArgument
-from .merging import ANOTHER_SIZE, Watch, merge, rounds
+from .merging import ANOTHER_SIZE, Fewer, Watch, merge, rounds
 from .ops import Path, Sizes, Spec, Width
 
-_AT_ALL = "A hybrid that merges tokens through the network runs its blocks as one: convert without merge_tokens."
+_IN_ORDER = (
+    "Tokens that merged in one block stay together in the next: go through all blocks from the first on, or convert "
+    "without merge_tokens."
+)
 
 
 class Line(Spec):
@@ -100,7 +107,9 @@ class Stream(Spec):
 class MergedStream(nn.Module):
     """Stands where a sequence of blocks stood; every block keeps its name, and its parameters keep theirs.
 
-    Whoever walks over it meets one step, so that no loop over blocks passes merging by.
+    Whoever walks over what was a Sequential gets a step for every block, with all tokens in front of it and behind it,
+    as `forward_intermediates` wants them. A ModuleList is walked over whenever the network runs: it is one step, since
+    giving all tokens back behind every block would take time.
 
     Args:
         blocks: nn.Sequential or nn.ModuleList.
@@ -114,30 +123,43 @@ class MergedStream(nn.Module):
         super().__init__()
         self._modules.update(blocks._modules)
         self.spec = spec
+        self.one_step = not isinstance(blocks, nn.Sequential)
         counts = (spec.count, *(drop.keep for drop in spec.drops))
         self.schedules = {drop.block: rounds(count, drop.keep) for drop, count in zip(spec.drops, counts, strict=False)}
         self.watch: Watch | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self._check(x, args, kwargs)
-        spec, fewer = self.spec, None
+        self.check(x, args, kwargs)
+        merges: list[tuple[Fewer, Tensor]] = []  # and what every token had of its own
         for name, block in self._modules.items():
             assert block is not None
-            schedule = self.schedules.get(name)
-            if fewer is None and schedule is None:
+            if not merges and name not in self.schedules:
                 x = block(x, *args, **kwargs)
                 continue
-            more: dict[str, Tensor] = {}
-            if fewer is not None and spec.sizes is not None:
-                more[spec.sizes.argument] = spec.sizes.mask(fewer.size_BK)
-            x = spec.attention.run(block, x, **more)
-            if schedule is not None:
-                fewer = merge(x, spec.prefix, spec.groups, schedule, before=fewer, watch=self.watch)
+            before = merges[-1][0] if merges else None
+            x = self.attended(block, x, before)
+            if name in self.schedules:
+                fewer = self.merged(name, x, before)
+                merges.append((fewer, x - fewer.spread(fewer.tokens_BKC)))
                 x = fewer.tokens_BKC
-            x = spec.ffn.run(block, x)
-        return x if fewer is None else fewer.spread(x)
+            x = self.spec.ffn.run(block, x)
+        for fewer, own_BNC in reversed(merges):
+            x = fewer.spread(x) + own_BNC
+        return x
 
-    def _check(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def attended(self, block: nn.Module, x: Tensor, fewer: Fewer | None) -> Tensor:
+        """Behind the attention of a block, which is told what each token stands for."""
+        sizes = self.spec.sizes
+        more = {} if fewer is None or sizes is None else {sizes.argument: sizes.mask(fewer.size_BK)}
+        return self.spec.attention.run(block, x, **more)
+
+    def merged(self, name: str, x: Tensor, before: Fewer | None) -> Fewer:
+        """What is left behind the attention of a block, of tokens that come from the merge before."""
+        size_BN = None if before is None else before.size_BK
+        return merge(x, self.spec.prefix, self.spec.groups, self.schedules[name], size_BN=size_BN, watch=self.watch)
+
+    def check(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse what merged tokens cannot be told, and another number of them."""
         extra = [str(i) for i, value in enumerate(args, 1) if value is not None and value is not False]
         extra += [name for name, value in kwargs.items() if value is not None and value is not False]
         if extra:
@@ -152,20 +174,84 @@ class MergedStream(nn.Module):
             )  # fmt: skip
 
     def __len__(self) -> int:
-        return 1
+        return 1 if self.one_step else len(self._modules)
 
-    def __iter__(self) -> Iterator[nn.Module]:
-        return iter((self,))
+    def __iter__(self) -> Iterator[Callable[..., Tensor]]:
+        if self.one_step:
+            return iter((self,))
+        known: dict[str, Fewer] = {}
+        return iter([Step(self, name, known) for name in self._modules])
 
-    def __getitem__(self, index: Any) -> nn.Module:
-        if isinstance(index, slice) and index.indices(1) == (0, 1, 1):
+    def __getitem__(self, index: Any) -> MergedStream:
+        whole = range(len(self))
+        if self.one_step and isinstance(index, int) and index in (0, -1):
             return self
-        if isinstance(index, int) and index in (0, -1):
+        if isinstance(index, slice) and whole[index] == whole[: len(whole[index])]:
+            return self._first(len(whole[index]))
+        raise UnsupportedArgument(f"{type(self).__name__}[...]", repr(index), "the first of its blocks", _IN_ORDER)
+
+    def _first(self, count: int) -> MergedStream:
+        if count == len(self):
             return self
-        raise UnsupportedArgument(f"{type(self).__name__}[...]", repr(index), "all of its blocks", _AT_ALL)
+        blocks = OrderedDict(islice(self.named_children(), count))
+        drops = tuple(drop for drop in self.spec.drops if drop.block in blocks)
+        first = MergedStream(nn.Sequential(blocks), self.spec.model_copy(update={"drops": drops}))
+        first.training, first.watch = self.training, self.watch
+        return first
 
     def extra_repr(self) -> str:
         return ", ".join(f"{drop.keep} patches behind the attention of {drop.block}" for drop in self.spec.drops)
 
 
-__all__ = ["Drop", "Line", "MergedStream", "Stream"]
+class Step:
+    """One block of a walk over a MergedStream: from all tokens to all tokens.
+
+    Tokens that go together have what they go into for their mean, so all that has to be known is which these are.
+
+    Args:
+        stream: whose block it is.
+        name: of the block.
+        known: the merges of this walk so far, {block: merge}.
+    """
+
+    __slots__ = ("known", "name", "stream")
+
+    def __init__(self, stream: MergedStream, name: str, known: dict[str, Fewer]) -> None:
+        self.stream, self.name, self.known = stream, name, known
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        stream, name = self.stream, self.name
+        stream.check(x, args, kwargs)
+        block, merges = stream.get_submodule(name), self._before()
+        if not merges and name not in stream.schedules:
+            out: Tensor = block(x, *args, **kwargs)
+            return out
+        y = x
+        for fewer in merges:
+            y = fewer.means(y)
+        entered, y = y, stream.attended(block, y, merges[-1] if merges else None)
+        if name in stream.schedules:
+            x = x + _spread(merges, y - entered)
+            self.known[name] = stream.merged(name, y, merges[-1] if merges else None)
+            merges = [*merges, self.known[name]]
+            entered = y = merges[-1].tokens_BKC
+        return x + _spread(merges, stream.spec.ffn.run(block, y) - entered)
+
+    def _before(self) -> list[Fewer]:
+        earlier = takewhile(lambda other: other != self.name, self.stream._modules)
+        merging = [other for other in earlier if other in self.stream.schedules]
+        if not self.known.keys() >= set(merging):
+            raise UnsupportedArgument(
+                f"a step of {type(self.stream).__name__}", f"block {self.name} without {merging[0]}",
+                "blocks in their order", _IN_ORDER,
+            )  # fmt: skip
+        return [self.known[other] for other in merging]
+
+
+def _spread(merges: Sequence[Fewer], answers_BKC: Tensor) -> Tensor:
+    for fewer in reversed(merges):
+        answers_BKC = fewer.spread(answers_BKC)
+    return answers_BKC
+
+
+__all__ = ["Drop", "Line", "MergedStream", "Step", "Stream"]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
+from ..methods import methods
 from .config import DENSE
 from .result import Failure, Result
 from .rules import TOLERANCE
@@ -43,7 +44,9 @@ class Row:
 
     @property
     def keeps_grid(self) -> bool:
-        return self.results[0].keeps_grid
+        """What the method promises today; of one that is gone, what it promised."""
+        method = methods().get(self.method)
+        return self.results[0].keeps_grid if method is None else method.keeps_grid
 
     @property
     def trained(self) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from msa2conv.cost import count_flops
-from msa2conv.inspection import Levers
+from msa2conv.levers import IN_TIME
 
 from .base import Context
 from .ours import converted
@@ -18,20 +18,17 @@ class InTime:
     """Args:
     name: in tables.
     batch: how many images at once the time is that of.
-    levers: of `msa2conv.convert`.
-    keeps_grid: whether these do.
     """
 
     name: str
     batch: int
-    levers: Levers | None = None
     keeps_grid: bool = True
 
     def shrink(self, parent: nn.Module, budget: int, context: Context) -> nn.Module:
         context.in_time = True
         share = round(budget / count_flops(parent, context.example), 3)
         result = converted(
-            parent, budget, context, self.levers,
+            parent, budget, context, IN_TIME,
             latency_target=share, batch_size=self.batch, device=context.time_on,
         )  # fmt: skip
         context.note_plan(result.plan)
@@ -39,9 +36,4 @@ class InTime:
         return result.model
 
 
-METHODS = [
-    InTime("ours-time-1", 1),
-    InTime("ours-time-32", 32),
-    InTime("ours-all-time-1", 1, "all", keeps_grid=False),
-    InTime("ours-all-time-32", 32, "all", keeps_grid=False),
-]
+METHODS = [InTime("ours-time-1", 1), InTime("ours-time-32", 32)]

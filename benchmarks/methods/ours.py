@@ -9,6 +9,7 @@ from torch import nn
 
 import msa2conv
 from msa2conv.inspection import Levers
+from msa2conv.levers import EVERY
 
 from .base import Context
 
@@ -18,7 +19,6 @@ class Calibrated:
     """Args:
     name: in tables.
     levers: of `msa2conv.convert`.
-    keeps_grid: whether these do.
     """
 
     name: str
@@ -60,7 +60,7 @@ def calibrated(parent: nn.Module, context: Context, levers: Levers | None) -> ms
 
 METHODS = [
     Calibrated("ours"),
-    Calibrated("ours-all", "all", keeps_grid=False),
+    Calibrated("ours-all", EVERY),
     Calibrated("ours-no-merging", ("mixer", "ffn", "thin_attention")),
     Calibrated("ours-mixers", ("mixer", "ffn")),
 ]

@@ -29,8 +29,9 @@ _BY_NAME: dict[str, type[Configured]] = {
     "merge_tokens": MergeTokens,
     "width": Width,
 }
-DEFAULT = ("mixer", "ffn", "merge_in_site", "thin_attention")  # all that keep the grid of tokens
+DEFAULT = ("mixer", "ffn", "merge_in_site", "thin_attention")
 EVERY = (*DEFAULT, "merge_tokens")  # all that need no training; "width" has to be named
+IN_TIME = EVERY  # of a budget of time: two or three merges take less of it than one in every site
 BY_GATES = ("mixer", "ffn")  # what the gate search can decide
 _EXAMPLE = "For example levers=('mixer', 'ffn')."
 
@@ -111,6 +112,7 @@ __all__ = [
     "BY_GATES",
     "DEFAULT",
     "FFN",
+    "IN_TIME",
     "Lever",
     "MergeInSite",
     "MergeTokens",

@@ -96,8 +96,8 @@ class Inspection:
             return [*lines, f"tokens cannot be merged through the network: {self.not_through}"]
         return [
             *lines,
-            f"tokens can be merged through the network (levers='all'), behind any attention of {stream.path}: "
-            "what its blocks return on the way is then lost",
+            f"tokens can be merged through the network, behind any attention of {stream.path} (lever merge_tokens, by "
+            "default under a budget of time)",
         ]
 
 

@@ -277,7 +277,7 @@ def too_slow(most: float, floor: float) -> InfeasibleBudget:
         "latency_target",
         f"{1e3 * most:.4g} ms",
         f"at least {1e3 * floor:.4g} ms, the floor of the allowed levers on this device",
-        "Allow more time or more levers (levers='all' merges tokens through the network).",
+        "Allow more time or more levers (by default they are all that need no training).",
     )
 
 
@@ -308,7 +308,7 @@ def diverse(
     """
     found: dict[str, Optimum] = {}
     seen: set[tuple[str, ...]] = set()
-    ways = {"": list(settings)} | ({", grid kept": [AS_IT_IS]} if len(settings) > 1 else {})
+    ways = {"": list(settings)} | ({", nothing through": [AS_IT_IS]} if len(settings) > 1 else {})
     for name, price in PRICES.items():
         for suffix, allowed in ways.items():
             try:

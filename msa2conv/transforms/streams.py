@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..observation import Observation, argument_names, tensor_in
+from ..observation import Observation, argument_names, observe, tensor_in
 from ..ops import Sizes
 from ..sites import AttentionSite, FFNSite, Site, StreamSite
-from ..stream import Drop, Line, MergedStream, Stream
+from ..stream import Drop, Line, Stream
 from .apply import replace_submodule
 from .mergeable import same
 
@@ -144,24 +144,29 @@ def _given(step: Step) -> dict[str, Any]:
     return {"again": again, "given": {name: value for name, value in arguments.items() if name not in again}}
 
 
-@torch.no_grad()
 def _runs(model: nn.Module, site: StreamSite, seen: Observation) -> str | None:
     """None if the whole network runs with half of the patches behind its first block; else what it does instead."""
     stream, blocks = site.stream, model.get_submodule(site.path)
-    drop = Drop(block=site.blocks[0][0], keep=max(1, stream.count // 2))
-    calls = []
-    merged: MergedStream = site.edit([drop]).spec.build(blocks).train(blocks.training)
-    merged.register_forward_hook(lambda *_: calls.append(1))
-    replace_submodule(model, site.path, merged)
+    drops = [Drop(block=site.blocks[0][0], keep=max(1, stream.count // 2))]
+    replace_submodule(model, site.path, site.edit(drops).spec.build(blocks).train(blocks.training))
     try:
-        out = model(seen.inputs)
+        fewer = observe(model, seen.inputs)
     except Exception as error:
-        return f"the network does not run with {site.path} as one step ({type(error).__name__})"
+        return f"the network does not run with {site.path} merging tokens ({type(error.__cause__ or error).__name__})"
     finally:
         replace_submodule(model, site.path, blocks)
-    if len(calls) != 1 or not _alike(out, seen.output):
+    whole = _alike(fewer.output, seen.output)
+    if not whole or not all(_saw(path, count, stream, fewer, seen) for path, count in site.tokens(drops).items()):
         return f"the network does not run through {site.path} once and as a whole"
     return None
+
+
+def _saw(path: str, count: int, stream: Stream, fewer: Observation, seen: Observation) -> bool:
+    """Whether a site ran once, on so many tokens."""
+    call, before = fewer.once(path), seen.once(path)
+    if call is None or before is None or call.x is None or before.x is None:
+        return False
+    return math.prod(call.x) * stream.tokens == math.prod(before.x) * count
 
 
 def _alike(out: Any, expected: Any) -> bool:

@@ -113,6 +113,30 @@ def test_it_is_off_unless_asked_for(model: nn.Module) -> None:
     assert isinstance(result.model.blocks, nn.Sequential)
 
 
+def test_what_blocks_return_on_the_way_is_there(model: nn.Module, result: Conversion) -> None:
+    """timm's loops over blocks: every state has its grid, and the last is what the network goes on with."""
+    x = images(3)
+    with torch.no_grad():
+        features = result.model.forward_features(x)
+        final, states = result.model.forward_intermediates(x)
+        original = model.forward_intermediates(x, intermediates_only=True)
+        early = result.model.forward_intermediates(x, [1], stop_early=True, intermediates_only=True)
+        layers = result.model.get_intermediate_layers(x, n=3, reshape=True)
+    torch.testing.assert_close(final, features, rtol=1e-5, atol=1e-5)
+    assert [state.shape for state in states] == [state.shape for state in original] and len(states) == 3
+    torch.testing.assert_close(early[0], states[1])
+    torch.testing.assert_close(layers, states)
+
+
+def test_layers_behind_the_last_intermediate_can_go(result: Conversion) -> None:
+    short, x = copy.deepcopy(result.model), images(3)
+    short.prune_intermediate_layers([1])
+    assert isinstance(short.blocks, MergedStream) and list(dict(short.blocks.named_children())) == ["0", "1"]
+    with torch.no_grad():
+        expected = result.model.forward_intermediates(x, [1], intermediates_only=True, output_fmt="NLC", norm=True)
+        torch.testing.assert_close(short.forward_features(x)[:, 1:], expected[0], rtol=1e-5, atol=1e-5)
+
+
 def test_the_floor_is_what_the_cheapest_setting_reaches(model: nn.Module) -> None:
     levers = resolve_levers((SMALL,))
     seen = msa2conv.inspect(model, levers=levers)

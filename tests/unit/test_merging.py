@@ -58,7 +58,7 @@ def by_hand(tokens_MC: Tensor, keep: int) -> list[set[int]]:
 def test_who_merges_with_whom_is_what_a_loop_finds(count: int, share: float, channels: int, seed: int) -> None:
     tokens_BMC = noise(2, count, channels, seed=seed).double()
     keep = min(count - 1, max(1, round(share * count)))
-    means_BKC, size_BK, row_N = merge(tokens_BMC, 0, 1, rounds(count, keep))
+    means_BKC, size_BK, row_N, _ = merge(tokens_BMC, 0, 1, rounds(count, keep))
     assert row_N.shape == (2 * count,) and size_BK.shape == (2, keep)
     for image, index_M in enumerate(row_N.reshape(2, count)):
         together = [set((index_M == image * keep + token).nonzero().flatten().tolist()) for token in range(keep)]

@@ -333,5 +333,5 @@ def test_a_latency_below_the_floor_names_the_floor() -> None:
             attempt(options, 0, 10, limit=limit)
         assert str(caught.value) == (
             "latency_target: found 3.5 ms; expected at least 4 ms, the floor of the allowed levers on this device. "
-            "Allow more time or more levers (levers='all' merges tokens through the network)."
+            "Allow more time or more levers (by default they are all that need no training)."
         )

@@ -43,13 +43,10 @@ def noise(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(3))
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("drops", [{"1": 6}, {"0": 10, "2": 8}, {"0": 11, "1": 8, "3": 6}], ids=str)
-def test_merged_tokens_count_as_often_as_they_stand(drops: dict[str, int]) -> None:
-    """Independently: no token goes, each becomes the mean of its group, and plain blocks see all of them."""
-    host, x = blocks(4), noise(1, 2 + 14, 12)
-    found = stream(14, *drops.items()).build(host)(x)
-    groups = [{place} for place in range(14)]
+def states(host: nn.Module, x: Tensor, drops: dict[str, int]) -> list[Tensor]:
+    """Behind every block. Independently: no token goes, each becomes the mean of its group, plain blocks see all of
+    them, and what a token had of its own comes on top."""
+    groups, own, found = [{place} for place in range(14)], torch.zeros_like(x), []
     for name, block in host.named_children():
         x = x + block.ls1(block.attn(block.norm1(x)))  # type: ignore[operator]
         if name in drops:
@@ -57,9 +54,35 @@ def test_merged_tokens_count_as_often_as_they_stand(drops: dict[str, int]) -> No
             groups = [set().union(*(groups[i] for i in joined)) for joined in by_hand(tokens, drops[name])]
             for group in groups:
                 places = torch.tensor(sorted(group)) + 2
-                x[:, places] = x[:, places].mean(1, keepdim=True)
+                mean = x[:, places].mean(1, keepdim=True)
+                own[:, places] += x[:, places] - mean
+                x[:, places] = mean
         x = x + block.ls2(block.mlp(block.norm2(x)))  # type: ignore[operator]
-    torch.testing.assert_close(found, x, rtol=1e-5, atol=1e-5)
+        found.append(x + own)
+    return found
+
+
+DROPS = pytest.mark.parametrize("drops", [{"1": 6}, {"0": 10, "2": 8}, {"0": 11, "1": 8, "3": 6}], ids=str)
+
+
+@torch.no_grad()
+@DROPS
+def test_merged_tokens_count_as_often_as_they_stand_and_keep_what_is_their_own(drops: dict[str, int]) -> None:
+    host, x = blocks(4), noise(1, 2 + 14, 12)
+    found = stream(14, *drops.items()).build(host)(x)
+    torch.testing.assert_close(found, states(host, x, drops)[-1], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@DROPS
+def test_a_walk_has_all_tokens_behind_every_block(drops: dict[str, int]) -> None:
+    host, x = blocks(4), noise(1, 2 + 14, 12)
+    merged = stream(14, *drops.items()).build(host)
+    expected = states(host, x, drops)
+    assert len(merged) == len(list(merged)) == 4
+    for step, state in zip(copy.deepcopy(merged), expected, strict=True):
+        x = step(x)
+        torch.testing.assert_close(x, state, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -91,7 +114,7 @@ def test_the_grid_comes_back_and_blocks_before_the_first_drop_run_themselves() -
         block.register_forward_hook(lambda _m, _a, out: seen.append(out.shape[1]))
         block.mlp.register_forward_hook(lambda _m, _a, out: seen.append(-out.shape[1]))  # type: ignore[union-attr]
     out = stream(14, ("1", 6), ("2", 3)).build(host)(noise(2, 16, 12))
-    assert out.shape == (2, 16, 12) and len(out[0, 2:].unique(dim=0)) <= 6
+    assert out.shape == (2, 16, 12) and len(out[0].unique(dim=0)) == 16
     assert seen == [-16, 16, -8, -5]
 
 
@@ -107,23 +130,58 @@ def test_gradients_reach_every_block_with_and_without_checkpointing() -> None:
 
 
 @torch.no_grad()
-def test_whoever_walks_over_it_meets_one_step() -> None:
+def test_what_is_added_between_two_steps_is_heeded() -> None:
+    """A prompt, say; nothing is kept of a walk but which tokens go together."""
+    host, x, more = blocks(2), noise(1, 16, 12), noise(1, 16, 12).roll(1, 1)
+    first, second = stream(14, ("0", 6)).build(host)
+    y = first(x)
+    known = first.known["0"]  # type: ignore[attr-defined]
+    tokens = known.means(y + more)
+    mask = Sizes(argument="attn_mask").mask(known.size_BK)
+    merged = tokens + host[1].ls1(host[1].attn(host[1].norm1(tokens), attn_mask=mask))  # type: ignore[operator]
+    merged = merged + host[1].ls2(host[1].mlp(host[1].norm2(merged)))  # type: ignore[operator]
+    torch.testing.assert_close(second(y + more), y + more + known.spread(merged - tokens))
+
+
+@torch.no_grad()
+def test_a_list_that_the_network_walks_over_is_one_step() -> None:
     host, x = blocks(), noise(2, 16, 12)
-    merged = stream(14, ("0", 9), ("1", 5)).build(host)
-    expected = merged(x)
+    merged = stream(14, ("0", 9), ("1", 5)).build(nn.ModuleList(host))
     assert list(merged) == [merged] and len(merged) == 1 and merged[0] is merged[-1] is merged[:] is merged
-    walked = x
-    for step in copy.deepcopy(merged):
-        walked = step(walked)
-    torch.testing.assert_close(walked, expected)
-    assert list(merged.state_dict()) == list(host.state_dict())
-    assert "9 patches behind the attention of 0" in repr(merged)
+    torch.testing.assert_close(merged(x), stream(14, ("0", 9), ("1", 5)).build(host)(x))
     with pytest.raises(UnsupportedArgument) as caught:
         merged[1]
     assert str(caught.value) == (
-        "MergedStream[...]: found 1; expected all of its blocks. A hybrid that merges tokens through the network runs "
-        "its blocks as one: convert without merge_tokens."
+        "MergedStream[...]: found 1; expected the first of its blocks. Tokens that merged in one block stay together "
+        "in the next: go through all blocks from the first on, or convert without merge_tokens."
     )
+
+
+@torch.no_grad()
+def test_the_first_blocks_run_by_themselves() -> None:
+    host, x = blocks(), noise(2, 16, 12)
+    merged = stream(14, ("0", 9), ("2", 5)).build(host).eval()
+    first = merged[:2]
+    torch.testing.assert_close(first(x), stream(14, ("0", 9)).build(host[:2])(x))
+    assert list(first.state_dict()) == list(host[:2].state_dict()) and first[0:2] is first
+    assert merged[:3] is merged[:] is merged and not first.training and len(merged[:0]) == 0
+    assert list(merged.state_dict()) == list(host.state_dict())
+    assert "9 patches behind the attention of 0" in repr(merged)
+    for index in (0, -1, slice(1, None), slice(None, None, 2)):
+        with pytest.raises(UnsupportedArgument, match="expected the first of its blocks"):
+            merged[index]
+
+
+def test_a_step_out_of_order_is_refused() -> None:
+    _, second, _ = stream(14, ("0", 9), ("2", 5)).build(blocks())
+    with pytest.raises(UnsupportedArgument) as caught:
+        second(noise(1, 16, 12))
+    assert str(caught.value) == (
+        "a step of MergedStream: found block 1 without 0; expected blocks in their order. Tokens that merged in one "
+        "block stay together in the next: go through all blocks from the first on, or convert without merge_tokens."
+    )
+    with pytest.raises(LayoutMismatch, match="found 15 tokens"):
+        second(noise(1, 15, 12))
 
 
 def test_a_mask_and_another_number_of_tokens_are_refused() -> None:
@@ -226,13 +284,44 @@ class Looks(nn.Module):
 
 def test_a_network_that_does_not_run_its_blocks_as_one_is_refused() -> None:
     reason = found(Looks(vit()).eval())
-    assert reason == "the network does not run with model.blocks as one step (UnsupportedArgument)"
+    assert reason == "the network does not run with model.blocks merging tokens (UnsupportedArgument)"
+
+
+class Walks(Looks):
+    """A ViT that runs its Sequential block by block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.model._pos_embed(self.model.patch_embed(x))
+        for block in self.model.blocks:
+            tokens = block(tokens)
+        out: Tensor = self.model.forward_head(self.model.norm(tokens))
+        return out
+
+
+def test_a_network_may_walk_over_its_blocks() -> None:
+    site = found(Walks(vit()).eval())
+    assert isinstance(site, StreamSite) and site.path == "model.blocks"
+
+
+class PassesBy(Looks):
+    """A ViT whose blocks are run by someone who does not ask what they stand in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.model._pos_embed(self.model.patch_embed(x))
+        for block in self.model.blocks.children():
+            tokens = block(tokens)
+        out: Tensor = self.model.forward_head(self.model.norm(tokens))
+        return out
+
+
+def test_a_network_that_passes_merging_by_is_refused() -> None:
+    assert found(PassesBy(vit()).eval()) == "the network does not run through model.blocks once and as a whole"
 
 
 def test_inspect_says_so() -> None:
     assert (
-        "tokens can be merged through the network (levers='all'), behind any attention of blocks: what its blocks "
-        "return on the way is then lost"
+        "tokens can be merged through the network, behind any attention of blocks (lever merge_tokens, by default "
+        "under a budget of time)"
     ) in str(msa2conv.inspect(vit()))
     assert "tokens cannot be merged through the network: layers.0.blocks.0.attn cannot run on merged tokens" in str(
         msa2conv.inspect(swin())
