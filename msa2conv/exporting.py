@@ -20,7 +20,7 @@ from .data import views_or_noise
 from .errors import ExportFailed, InvalidArgument, MissingDependency
 from .files import atomic_write, check_writable
 from .laws import merging, surest
-from .search.measure import tensors_of
+from .observation import tensors_of
 from .workbench import example_input, own_randomness, unwrap
 
 TOLERANCE = 1e-4  # of the largest output, in float32

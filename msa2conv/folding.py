@@ -14,8 +14,8 @@ from .cost import flops_by_module
 from .data import views_or_noise
 from .errors import InvalidArgument, LawViolation
 from .laws import surest
+from .observation import tensors_of
 from .plan import Edit, Plan, Replace, parameter_count
-from .search.measure import tensors_of
 from .transforms import fold_norm, fuse_qkv, merge_linear, tokenwise, unwindow
 from .workbench import own_randomness, unwrap
 

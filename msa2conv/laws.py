@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from .cost import CostModel, count_flops
 from .errors import LawViolation
 from .merging import Merged
+from .observation import tensors_of
 from .options import Option
 from .plan import WHOLE, Plan
 from .planning import network_of
-from .search.measure import tensors_of
 from .sites import Claims
 from .stream import MergedStream
 from .transforms.lift import lift, max_difference

@@ -170,6 +170,14 @@ def _plain(value: Any) -> Any:
     return Given(type(value).__name__)
 
 
+def tensors_of(output: Any) -> list[Tensor]:
+    """All floating-point tensors in tuples, lists and dicts, in order."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    return [tensor for value in values for tensor in tensors_of(value)]
+
+
 def tensor_in(out: Any) -> Tensor | None:
     """The tensor that a module returned, or the first of several."""
     values = out if isinstance(out, (tuple, list)) else (out,)

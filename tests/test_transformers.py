@@ -105,3 +105,18 @@ def test_it_learns_from_its_original_and_from_labels(result: msa2conv.Conversion
     tuned.save(tmp_path)
     again = msa2conv.Conversion.load(tmp_path, rebuilt(tmp_path))
     assert torch.equal(again.model(IMAGES[:2]).logits, tuned.model(IMAGES[:2]).logits)
+
+
+def test_hidden_states_that_merging_would_lose(model: nn.Module) -> None:
+    """The network walks over its layers itself: where it returns what they do, none merges; else the report warns."""
+    returning = copy.deepcopy(model)
+    returning.config.output_hidden_states = True
+    reason = "the network does not run through vit.layers once and as a whole"
+    assert msa2conv.inspect(returning, example_inputs=IMAGES[:1]).not_through == reason
+    result = msa2conv.convert(model, 0.7, data=IMAGES, levers="merge_tokens", progress=False)
+    assert (
+        "tokens merge through vit.layers, which the network walks over itself: from the first merge on, what its "
+        "blocks return on the way (hidden states) is not there; without the lever merge_tokens it is"
+    ) in result.report.warnings
+    with pytest.raises(UnsupportedArgument, match=r"MergedStream\.forward: found the argument 'output_hidden_states'"):
+        result.model(IMAGES[:1], output_hidden_states=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InvalidInput
+from ..observation import tensors_of
 
 Measure = Literal["kl", "relative"]
 OutputFn = Callable[[Any], Any]
@@ -90,11 +91,3 @@ def tensor_of(output: Any, output_fn: OutputFn | None = None) -> Tensor:
 def first_tensor(output: Any) -> Tensor:
     """The tensor in a model's output, or the first of several: the logits, where there are labels to compare with."""
     return tensor_of(output, lambda several: tensors_of(several)[:1])
-
-
-def tensors_of(output: Any) -> list[Tensor]:
-    """All floating-point tensors in tuples, lists and dicts, in order."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
-    return [tensor for value in values for tensor in tensors_of(value)]

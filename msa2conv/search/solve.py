@@ -97,6 +97,8 @@ def solve_settings(
     best: tuple[float, Setting, Choices] | None = None
     flops = Limit(lambda option: option.flops, lambda setting: setting.flops, rest, budget)
     least = bounds(settings, options, price, flops, used_up=limit is None)
+    if not np.isfinite(least).any():  # few options: no sum of them uses the budget up
+        least = bounds(settings, options, price, flops, used_up=False)
     if limit is not None:
         least = np.maximum(least, bounds(settings, options, price, limit, used_up=False))
     for index in np.argsort(least, kind="stable"):

@@ -164,6 +164,7 @@ def test_the_first_blocks_run_by_themselves() -> None:
     first = merged[:2]
     torch.testing.assert_close(first(x), stream(14, ("0", 9)).build(host[:2])(x))
     assert list(first.state_dict()) == list(host[:2].state_dict()) and first[0:2] is first
+    assert [drop.block for drop in first.spec.drops] == ["0"]
     assert merged[:3] is merged[:] is merged and not first.training and len(merged[:0]) == 0
     assert list(merged.state_dict()) == list(host.state_dict())
     assert "9 patches behind the attention of 0" in repr(merged)
