@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .errors import InfeasibleBudget, InvalidArgument, InvalidTarget
 from .options import Option
-from .planning import Choice, choose_at, network_of
+from .planning import Choice, choose_at, in_every_width, network_of
 from .report.inspection import Inspection
 from .report.latency import CLOSE, Latency
 from .search.calibration import Calibration
@@ -204,28 +204,20 @@ def choose_in_time(
     Raises:
         InfeasibleBudget: the target lies below the floor of the calibration's options.
     """
-    found: list[tuple[Choice, Latency]] = []
-    infeasible: list[InfeasibleBudget] = []
     whole: float | None = None
-    for width, own in calibration.widths():
+
+    def find(width: Option | None, own: Calibration) -> tuple[Choice, Latency]:
+        nonlocal whole
         inside_it = watch.at(width)
         times = inside_it.times(seen, own, timetable)
         whole = times.base if whole is None else whole
+        choice, latency = choose_within(
+            network_of(work, width), own, flops, target, inside_it, times, lambda choice: build(choice.at(width)),
+            whole=whole, output_fn=output_fn,
+        )  # fmt: skip
+        return choice.at(width), latency
 
-        def built(choice: Choice, width: Option | None = width) -> nn.Module:
-            return build(choice.at(width))
-
-        network = network_of(work, width)
-        try:
-            choice, latency = choose_within(
-                network, own, flops, target, inside_it, times, built, whole=whole, output_fn=output_fn
-            )
-        except InfeasibleBudget as error:
-            infeasible.append(error)
-            continue
-        found.append((choice.at(width), latency))
-    if not found:
-        raise infeasible[-1]  # of the narrowest
+    found = in_every_width(calibration, find)
     return min(found, key=lambda each: (max(1.0, _missed(each[1])), each[0].distance))
 
 

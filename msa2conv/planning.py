@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from .settings import Limit
 from .sites import AttentionSite
 from .transforms.apply import apply, apply_edits, load_tensors
 from .transforms.lift import edited, lift
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -77,19 +80,35 @@ def choose(
     Raises:
         InfeasibleBudget: the target lies below the floor of the calibration's options.
     """
-    found: list[Choice] = []
+
+    def find(width: Option | None, own: Calibration) -> Choice:
+        return choose_at(network_of(model, width), own, target, progress=progress, output_fn=output_fn).at(width)
+
+    found = in_every_width(calibration, find)
+    used_up = [choice for choice in found if calibration.costs.total(choice.choices) >= 0.99 * target]
+    return min(used_up or found, key=lambda choice: choice.distance)
+
+
+def in_every_width(calibration: Calibration, find: Callable[[Option | None, Calibration], T]) -> list[T]:
+    """What is found in the model as it is and in every narrower one, where these can keep the budget.
+
+    Args:
+        calibration: of the model.
+        find: called with a width, None for the model as it is, and its calibration.
+
+    Raises:
+        InfeasibleBudget: none can; of the narrowest, whose floor is the lowest.
+    """
+    found: list[T] = []
     infeasible: list[InfeasibleBudget] = []
     for width, own in calibration.widths():
         try:
-            within = choose_at(network_of(model, width), own, target, progress=progress, output_fn=output_fn)
+            found.append(find(width, own))
         except InfeasibleBudget as error:
             infeasible.append(error)
-            continue
-        found.append(within.at(width))
     if not found:
-        raise infeasible[-1]  # of the narrowest: the lowest floor
-    used_up = [choice for choice in found if calibration.costs.total(choice.choices) >= 0.99 * target]
-    return min(used_up or found, key=lambda choice: choice.distance)
+        raise infeasible[-1]
+    return found
 
 
 def network_of(model: nn.Module, width: Option | None) -> nn.Module:
