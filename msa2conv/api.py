@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .adapters.base import Adapter
 from .adapters.build import preprocessing
-from .conversion import Conversion, Run, lost_on_the_way, make_report, versions
+from .conversion import Conversion, Run, make_report, versions
 from .data import SHIPPED, load_images, shipped_views
 from .errors import InvalidArgument, InvalidTarget
 from .gate_training import Loss, convert_by_gates
@@ -293,7 +293,7 @@ def convert(
         seconds,
         laws,
         example.device,
-        [*seen.warnings, *lost_on_the_way(final)],
+        seen.warnings,
         allowed,
         site_costs(seen, choice.choices),
         head_locality(work, seen.claims.attentions, calibration.images),

@@ -29,7 +29,6 @@ from .search.calibration import Calibration
 from .search.measure import agreement, distance
 from .sharing import fetched, upload
 from .storage import load, read_plan, save
-from .stream import MergedStream
 from .workbench import unwrap
 
 REPORT_FILE, EVALUATION_FILE = "report.json", "evaluation.json"
@@ -264,16 +263,6 @@ def make_report(
         locality=run.locality,
         warnings=[*run.warnings, *calibration.warnings, *_hints(plan, calibration, found, run.latency, after)],
     )
-
-
-def lost_on_the_way(hybrid: nn.Module) -> list[str]:
-    """What a network no longer returns whose blocks run as one step."""
-    return [
-        f"tokens merge through {path}, which the network walks over itself: from the first merge on, what its blocks "
-        "return on the way (hidden states) is not there; without the lever merge_tokens it is"
-        for path, module in hybrid.named_modules()
-        if isinstance(module, MergedStream) and module.one_step
-    ]
 
 
 def decided_report(plan: Plan, decided_by: str, laws: Mapping[str, float], **known: Any) -> Report:

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from itertools import islice, pairwise, takewhile
 from typing import Annotated, Any
 
@@ -28,6 +30,7 @@ _IN_ORDER = (
     "Tokens that merged in one block stay together in the next: go through all blocks from the first on, or convert "
     "without merge_tokens."
 )
+_HARMLESS = ("output_hidden_states",)  # of transformers, which reads them by hooks
 
 
 class Line(Spec):
@@ -109,7 +112,8 @@ class MergedStream(nn.Module):
 
     Whoever walks over what was a Sequential gets a step for every block, with all tokens in front of it and behind it,
     as `forward_intermediates` wants them. A ModuleList is walked over whenever the network runs: it is one step, since
-    giving all tokens back behind every block would take time.
+    giving all tokens back behind every block takes time. That is taken where somebody looks: hooks of a block see all
+    tokens, too.
 
     Args:
         blocks: nn.Sequential or nn.ModuleList.
@@ -129,6 +133,10 @@ class MergedStream(nn.Module):
         self.watch: Watch | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if any(map(_looked_at, self._modules.values())):
+            for step in self.steps():
+                x = step(x, *args, **kwargs)
+            return x
         self.check(x, args, kwargs)
         merges: list[tuple[Fewer, Tensor]] = []  # and what every token had of its own
         for name, block in self._modules.items():
@@ -160,8 +168,9 @@ class MergedStream(nn.Module):
 
     def check(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse what merged tokens cannot be told, and another number of them."""
-        extra = [str(i) for i, value in enumerate(args, 1) if value is not None and value is not False]
-        extra += [name for name, value in kwargs.items() if value is not None and value is not False]
+        given = {str(i): value for i, value in enumerate(args, 1)} | kwargs
+        said = {name: value for name, value in given.items() if value is not None and value is not False}
+        extra = [name for name in said if name not in _HARMLESS]
         if extra:
             raise UnsupportedArgument(
                 f"{type(self).__name__}.forward", f"the argument {extra[0]!r}", "only the tokens",
@@ -173,14 +182,18 @@ class MergedStream(nn.Module):
                 ANOTHER_SIZE,
             )  # fmt: skip
 
+    def steps(self) -> list[Step]:
+        """A walk over all blocks."""
+        known: dict[str, Fewer] = {}
+        return [Step(self, name, known) for name in self._modules]
+
     def __len__(self) -> int:
         return 1 if self.one_step else len(self._modules)
 
     def __iter__(self) -> Iterator[Callable[..., Tensor]]:
         if self.one_step:
             return iter((self,))
-        known: dict[str, Fewer] = {}
-        return iter([Step(self, name, known) for name in self._modules])
+        return iter(self.steps())
 
     def __getitem__(self, index: Any) -> MergedStream:
         whole = range(len(self))
@@ -220,13 +233,20 @@ class Step:
         self.stream, self.name, self.known = stream, name, known
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        stream, name = self.stream, self.name
-        stream.check(x, args, kwargs)
-        block, merges = stream.get_submodule(name), self._before()
-        if not merges and name not in stream.schedules:
-            out: Tensor = block(x, *args, **kwargs)
-            return out
-        y = x
+        self.stream.check(x, args, kwargs)
+        block, merges = self.stream.get_submodule(self.name), self._before()
+        out: Tensor
+        if not merges and self.name not in self.stream.schedules:
+            out = block(x, *args, **kwargs)
+        elif _looked_at(block):
+            with _in_place_of_forward(block, partial(self._run, block, merges)):
+                out = block(x, *args, **kwargs)
+        else:
+            out = self._run(block, merges, x)
+        return out
+
+    def _run(self, block: nn.Module, merges: Sequence[Fewer], x: Tensor, *_: Any, **__: Any) -> Tensor:
+        stream, name, y = self.stream, self.name, x
         for fewer in merges:
             y = fewer.means(y)
         entered, y = y, stream.attended(block, y, merges[-1] if merges else None)
@@ -246,6 +266,24 @@ class Step:
                 "blocks in their order", _IN_ORDER,
             )  # fmt: skip
         return [self.known[other] for other in merging]
+
+
+def _looked_at(block: nn.Module | None) -> bool:
+    return block is not None and bool(block._forward_hooks or block._forward_pre_hooks)
+
+
+@contextmanager
+def _in_place_of_forward(block: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Calls of a block run this; its hooks see what goes in and what comes out."""
+    own = block.__dict__.get("forward")
+    block.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del block.forward
+        else:
+            block.forward = own
 
 
 def _spread(merges: Sequence[Fewer], answers_BKC: Tensor) -> Tensor:

@@ -107,16 +107,21 @@ def test_it_learns_from_its_original_and_from_labels(result: msa2conv.Conversion
     assert torch.equal(again.model(IMAGES[:2]).logits, tuned.model(IMAGES[:2]).logits)
 
 
-def test_hidden_states_that_merging_would_lose(model: nn.Module) -> None:
-    """The network walks over its layers itself: where it returns what they do, none merges; else the report warns."""
-    returning = copy.deepcopy(model)
-    returning.config.output_hidden_states = True
-    reason = "the network does not run through vit.layers once and as a whole"
-    assert msa2conv.inspect(returning, example_inputs=IMAGES[:1]).not_through == reason
-    result = msa2conv.convert(model, 0.7, data=IMAGES, levers="merge_tokens", progress=False)
-    assert (
-        "tokens merge through vit.layers, which the network walks over itself: from the first merge on, what its "
-        "blocks return on the way (hidden states) is not there; without the lever merge_tokens it is"
-    ) in result.report.warnings
-    with pytest.raises(UnsupportedArgument, match=r"MergedStream\.forward: found the argument 'output_hidden_states'"):
-        result.model(IMAGES[:1], output_hidden_states=True)
+@torch.no_grad()
+@pytest.mark.parametrize("by", ["the config", "an argument"])
+def test_hidden_states_have_all_tokens_behind_every_layer(by: str) -> None:
+    """The network walks over its layers itself; asked for what they return, it merges no less."""
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(**SIZE | {"num_hidden_layers": 4}, image_size=32, num_labels=10)
+    model = transformers.ViTForImageClassification(config).eval()
+    result = msa2conv.convert(model, 0.6, data=IMAGES, levers=("merge_tokens", "ffn"), progress=False)
+    assert "vit.layers" in result.plan.choices
+    hybrid, plain = result.model, result.model(IMAGES[:2])
+    if by == "the config":
+        hybrid.config.output_hidden_states = model.config.output_hidden_states = True
+        assert msa2conv.inspect(model, example_inputs=IMAGES[:1]).claims.stream.path == "vit.layers"  # type: ignore[union-attr]
+    out = hybrid(IMAGES[:2], **({"output_hidden_states": True} if by == "an argument" else {}))
+    assert [tuple(state.shape) for state in out.hidden_states] == 5 * [(2, 17, 32)]
+    torch.testing.assert_close(out.logits, plain.logits, rtol=1e-5, atol=1e-5)
+    head = hybrid.classifier(hybrid.vit.layernorm(out.hidden_states[-1])[:, 0])
+    torch.testing.assert_close(head, plain.logits, rtol=1e-5, atol=1e-5)

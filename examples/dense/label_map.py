@@ -66,7 +66,8 @@ def agreement(first: nn.Module, second: nn.Module, images: Tensor) -> dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--flops", type=float, default=0.8)
+    parser.add_argument("--flops", type=float, default=0.6)
+    parser.add_argument("--levers", nargs="+", help="what may change; all by default")
     args = parser.parse_args()
     model, images, others = trained(), photos(0), photos(1)
     ways = {"the map": lambda output: output["map"], "the photo's label": lambda output: output["photo"], "both": None}
@@ -75,7 +76,7 @@ def main() -> None:
     )
     for scored, output_fn in ways.items():
         result = msa2conv.convert(
-            model, args.flops, data=others, example_inputs=others[:1], levers=("mixer", "ffn"), output_fn=output_fn
+            model, args.flops, data=others, example_inputs=others[:1], levers=args.levers or "all", output_fn=output_fn
         )
         same = agreement(model, result.model, images)
         print(f"scored by {scored:<17}  places {same['map']:.1%}   photos {same['photo']:.1%}")

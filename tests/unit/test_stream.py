@@ -110,12 +110,36 @@ def test_groups_do_not_see_each_other() -> None:
 @torch.no_grad()
 def test_the_grid_comes_back_and_blocks_before_the_first_drop_run_themselves() -> None:
     host, seen = blocks(), []
+    merged, x = stream(14, ("1", 6), ("2", 3)).build(host), noise(2, 16, 12)
+    host[0].forward = lambda x: seen.append("itself") or Block.forward(host[0], x)  # type: ignore[assignment, func-returns-value]
     for block in host:
-        block.register_forward_hook(lambda _m, _a, out: seen.append(out.shape[1]))
-        block.mlp.register_forward_hook(lambda _m, _a, out: seen.append(-out.shape[1]))  # type: ignore[union-attr]
-    out = stream(14, ("1", 6), ("2", 3)).build(host)(noise(2, 16, 12))
+        block.mlp.register_forward_hook(lambda _m, _a, out: seen.append(out.shape[1]))  # type: ignore[union-attr]
+    out = merged(x)
     assert out.shape == (2, 16, 12) and len(out[0].unique(dim=0)) == 16
-    assert seen == [-16, 16, -8, -5]
+    assert seen == ["itself", 16, 8, 5]
+
+
+@torch.no_grad()
+def test_a_hook_of_a_block_sees_all_tokens() -> None:
+    """As many as blocks return that merge nothing; what runs inside is as it was."""
+    host, x = blocks(4), noise(1, 16, 12)
+    drops, seen = {"1": 9, "3": 5}, []
+    merged, inside = stream(14, *drops.items()).build(host), list[int]()
+    expected = merged(x)
+    for block in host:
+        block.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+        block.register_forward_hook(lambda _m, args, out: seen.append(out))
+        block.mlp.register_forward_hook(lambda _m, _a, out: inside.append(out.shape[1]))  # type: ignore[union-attr]
+    torch.testing.assert_close(merged(x), expected, rtol=1e-5, atol=1e-5)
+    behind = [x, *states(host, x, drops)]
+    for number, state in enumerate(seen):
+        torch.testing.assert_close(state, behind[(number + 1) // 2], rtol=1e-5, atol=1e-5)
+    assert len(seen) == 8 and inside[:4] == [16, 11, 11, 7]
+    assert all("forward" not in block.__dict__ for block in host)
+    host[2].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        merged(x)
+    assert all("forward" not in block.__dict__ for block in host)
 
 
 def test_gradients_reach_every_block_with_and_without_checkpointing() -> None:
