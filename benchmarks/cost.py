@@ -27,7 +27,7 @@ from msa2conv.levers import DEFAULT
 from .common import peak_gib, write
 
 MODELS = ("vit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224")
-COMPARED = (("mixer", "ffn"), DEFAULT, (*DEFAULT, "merge_tokens"))
+COMPARED = (("mixer", "ffn"), DEFAULT[:-1], DEFAULT)
 T = TypeVar("T")
 
 

@@ -27,22 +27,21 @@ from torch import Tensor, nn
 import msa2conv
 from msa2conv.api import versions
 from msa2conv.errors import ExportFailed, InfeasibleBudget
-from msa2conv.levers import DEFAULT, IN_TIME
+from msa2conv.levers import DEFAULT
 from msa2conv.stopwatch import Samples, interleaved
 
 from .common import RESULTS, device_name, packed_photos, split, vit_tiny, write
-from .levers import ALL, INSIDE, VARIANTS, calibrated, restricted
+from .levers import INSIDE, UNMERGED, VARIANTS, calibrated, restricted
 
 VIT, BUDGET = "vit_tiny_patch16_224", 0.7
 NOISE = 32  # images that calibrate random weights: there is nothing to learn from them
 MODELS = (VIT, "deit_small_patch16_224", "swin_tiny_patch4_window7_224")
 LEVERS = {
     "the default": DEFAULT,
-    "the default, in time": IN_TIME,
-    f"{INSIDE}, in time": DEFAULT,
-    "all": ALL,
-    "all but merge_in_site": VARIANTS["all but merge_in_site"],
-    "nothing merged": ("mixer", "ffn", "thin_attention"),
+    "the default, in time": DEFAULT,
+    f"{INSIDE}, in time": VARIANTS[INSIDE],
+    "default but merge_in_site": VARIANTS["default but merge_in_site"],
+    "nothing merged": VARIANTS[UNMERGED],
 }
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 BATCHES = {"cpu": (1, 32), "cuda": (1, 64, 256)}

@@ -25,18 +25,19 @@ import msa2conv
 from msa2conv import Plan
 from msa2conv.cost import count_flops
 from msa2conv.evaluate import latency
+from msa2conv.levers import DEFAULT
 from msa2conv.plan import Shorten, Wrap, fingerprint
 from msa2conv.stopwatch import Samples
 from msa2conv.transforms.apply import apply_edits
 
 from .common import write
-from .levers import ALL, MERGED_A_BLOCK, order
+from .levers import MERGED_A_BLOCK, UNMERGED, order
 from .rivals.token_merging import constant, token_merging
 
 MODELS = ("vit_tiny_patch16_224", "deit_small_patch16_224", "vit_base_patch16_224")
 SHOWN = (
-    "the default", *(f"{name} alone" for name in ALL),
-    "default but merge_in_site", "all but merge_in_site", "mixer and ffn", "width alone", "width and ffn",
+    "the default", *(f"{name} alone" for name in DEFAULT),
+    "default but merge_in_site", UNMERGED, "mixer and ffn", "width alone", "width and ffn",
 )  # fmt: skip
 
 

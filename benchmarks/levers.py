@@ -21,20 +21,18 @@ from torch import Tensor, nn
 import msa2conv
 from msa2conv.errors import InfeasibleBudget
 from msa2conv.files import write_text
-from msa2conv.levers import DEFAULT, EVERY
+from msa2conv.levers import DEFAULT
 from msa2conv.search.measure import distance, outputs
 
 from .common import against, packed_photos, split, vit_tiny, write
 from .rivals.token_merging import constant, token_merging
 
-ALL = EVERY
-INSIDE = "default but merge_tokens"  # of a budget of time
+INSIDE, UNMERGED = "default but merge_tokens", "default but merging"
 VARIANTS = {
     "the default": DEFAULT,
-    "all": ALL,
-    **{f"{name} alone": (name,) for name in ALL},
+    **{f"{name} alone": (name,) for name in DEFAULT},
     **{f"default but {name}": tuple(other for other in DEFAULT if other != name) for name in DEFAULT},
-    "all but merge_in_site": tuple(name for name in ALL if name != "merge_in_site"),
+    UNMERGED: ("mixer", "ffn", "thin_attention"),
     "mixer and ffn": ("mixer", "ffn"),
     "width alone": ("width",),
     "width and ffn": ("width", "ffn"),
@@ -101,7 +99,7 @@ def calibrated(model: nn.Module, images: Tensor | None, path: Path | None, seed:
         calibration = msa2conv.Calibration.load(path, msa2conv.inspect(model).claims)
         calibration.check_model(model)
         return calibration
-    calibration = msa2conv.calibrate(model, images, levers=(*ALL, "width"), seed=seed)
+    calibration = msa2conv.calibrate(model, images, levers=(*DEFAULT, "width"), seed=seed)
     if path is not None:
         calibration.save(path)
     return calibration

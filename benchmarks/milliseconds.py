@@ -19,13 +19,12 @@ import torch
 import msa2conv
 from msa2conv.errors import InfeasibleBudget
 from msa2conv.evaluate import latency
-from msa2conv.levers import DEFAULT, IN_TIME
 from msa2conv.search.measure import distance, outputs
 
 from .common import against, packed_photos, split, vit_tiny, write
-from .levers import INSIDE, calibrated, restricted
+from .levers import INSIDE, VARIANTS, calibrated, order, restricted
 
-LEVERS = {"the default": IN_TIME, INSIDE: DEFAULT}
+SHOWN = ("the default", INSIDE)
 
 
 def main() -> None:
@@ -34,7 +33,7 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, required=True)
     parser.add_argument("--targets", type=float, nargs="*", default=[0.8, 0.6])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 32])
-    parser.add_argument("--levers", nargs="*", choices=LEVERS, default=list(LEVERS))
+    parser.add_argument("--levers", nargs="*", choices=VARIANTS, default=list(SHOWN))
     parser.add_argument("--images", type=int, default=256, help="photos that calibrate; the others evaluate")
     parser.add_argument("--calibration", type=Path, help="where it is kept, and read if it is there")
     parser.add_argument("--timetable", type=Path, help="where times are kept")
@@ -49,14 +48,14 @@ def main() -> None:
     calibration = calibrated(model, images[fit], args.calibration, args.seed)
     for batch in args.batches:
         for levers in args.levers:
-            own = restricted(calibration, LEVERS[levers])
+            own = restricted(calibration, VARIANTS[levers])
             for target in args.targets:
                 row: dict[str, Any] = {"row": f"{batch} {levers} {target}", "batch": batch, "levers": levers}
                 row |= {"asked": f"{target:.0%}"}
                 started = time.perf_counter()
                 try:
                     result = msa2conv.convert(
-                        model, latency_target=target, batch_size=batch, levers=LEVERS[levers], calibration=own,
+                        model, latency_target=target, batch_size=batch, levers=VARIANTS[levers], calibration=own,
                         timetable=args.timetable,
                     )  # fmt: skip
                 except InfeasibleBudget as error:
@@ -97,7 +96,7 @@ def save(args: argparse.Namespace, rows: list[dict[str, Any]], fitted: int, held
         networks one after the other; again: afterwards, in a run of its own. Spread: interquartile range over the
         median, how noisy the machine was. Seconds: timing, solving and evaluation, without the calibration.""",
         key="row",
-        order=lambda row: (row["batch"], list(LEVERS).index(row["levers"]), -float(row["row"].split()[-1])),
+        order=lambda row: (row["batch"], order(row["levers"]), -float(row["row"].split()[-1])),
         device=args.device,
     )
 

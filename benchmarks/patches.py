@@ -21,9 +21,9 @@ import msa2conv
 from msa2conv.stream import MergedStream
 
 from .common import packed_photos, split, vit_tiny, write
-from .levers import VARIANTS, calibrated, hybrids
+from .levers import UNMERGED, VARIANTS, calibrated, hybrids
 
-SHOWN = ("the default", "all but merge_in_site", "merge_tokens alone", "default but merge_in_site")
+SHOWN = ("the default", "default but merge_in_site", "merge_tokens alone", UNMERGED)
 SHARED = ", means only"
 
 

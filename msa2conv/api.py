@@ -19,7 +19,7 @@ from .gate_training import Loss, convert_by_gates
 from .inspection import Inspection, Levers, inspect, inspect_copy
 from .latency import Stopwatch, choose_in_time, parse_latency
 from .laws import verify
-from .levers import DEFAULT, IN_TIME, Lever, Width, resolve_levers
+from .levers import Lever, Width, resolve_levers
 from .locality import head_locality
 from .plan import Preprocessing, weights_sha256
 from .planning import Choice, choose, make_plan, site_costs
@@ -57,7 +57,7 @@ def calibrate(
         model: as for `convert`.
         data: image batches, (images, ...) tuples, a Dataset or DataLoader, a tensor, or None for the shipped photos.
         images: how many to read at most.
-        example_inputs, levers, adapters, seed, progress: as for `convert`; "all" levers for budgets of time.
+        example_inputs, levers, adapters, seed, progress: as for `convert`.
         resume: a folder for what is done so far (about the size of a saved Calibration). After Ctrl-C, a kill or a
             power cut the same call (`data` in the same order) continues from it and gives the same result; delete it
             when you are done.
@@ -171,9 +171,7 @@ def convert(
         example_inputs: a float tensor [B, C, H, W]; by default of the size the model declares.
         levers: what may change: names ("mixer", "ffn", "merge_in_site", "thin_attention", "merge_tokens") or
             configured levers (`Mixer(...)`, `FFN(...)`, `MergeInSite(...)`, `ThinAttention(...)`, `MergeTokens(...)`);
-            "all": all of them. None: with a `latency_target` all, without one all but "merge_tokens", which is worth
-            its calibration where operations count. "width", or `Width(...)`, has to be named: fewer channels take
-            training.
+            None or "all": all of these. "width", or `Width(...)`, has to be named: fewer channels take training.
         calibration: a `Calibration` of this model: a budget then takes seconds, and `data` only serves distillation.
         adapters: who looks for sites.
         images: how many calibration images to read at most.
@@ -226,7 +224,7 @@ def convert(
         prepared = {"levers": levers, "example_inputs": example_inputs, "adapters": adapters}
         training = {"loss": loss, "lr": lr, "gate_lr": gate_lr, "seed": seed, "resume": resume, "progress": progress}
         return convert_by_gates(model, flops_target, data, gates, epochs=epochs, prepared=prepared, **training)
-    chosen = resolve_levers(levers, default=DEFAULT if latency_target is None else IN_TIME)
+    chosen = resolve_levers(levers)
     work = working_copy(original)
     example = example_input(work, example_inputs)
     seen = inspect_copy(work, original, example, chosen, adapters)

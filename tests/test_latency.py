@@ -16,7 +16,6 @@ import msa2conv
 from msa2conv import FFN, Calibration, Conversion, calibrate, convert, latency as latency_module
 from msa2conv.errors import InfeasibleBudget, InvalidArgument, InvalidTarget, Msa2ConvError
 from msa2conv.latency import parse_latency
-from msa2conv.levers import DEFAULT
 from msa2conv.planning import choose_at
 from msa2conv.report.conversion import Report
 
@@ -56,15 +55,6 @@ def test_the_target_is_met_and_little_of_it_is_left(
     assert -0.05 <= latency.off <= 0.02
     assert latency.ratio == pytest.approx((0.8 if target == 0.8 else 0.6) * (1 + latency.off))
     assert result.report.target is None and "budget used" not in result.report.laws
-
-
-@pytest.mark.parametrize("levers", [None, ("ffn", "thin_attention")], ids=["the default", "named"])
-def test_by_default_tokens_may_merge_through_the_network(levers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    use(monkeypatch, Clock())
-    result = convert(vit(**WIDE), latency_target=0.8, data=images(16, 64), levers=levers, progress=False)
-    assert result.calibration is not None
-    assert (result.calibration.stream is not None) == (levers is None)
-    assert result.report.levers == ([*DEFAULT, "merge_tokens"] if levers is None else list(levers))
 
 
 def test_time_and_flops_together(calibration: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:

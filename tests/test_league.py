@@ -498,12 +498,6 @@ def test_a_row_far_below_the_others_does_not_press_them_together() -> None:
         assert axis.get_ylim()[0] > 80 and axis.get_ylim()[0] < 84.5
 
 
-@pytest.mark.parametrize(("method", "kept"), [("ours-all", True), ("token-merging", False), ("gone", False)])
-def test_the_grid_is_promised_by_the_method_of_today(method: str, kept: bool) -> None:
-    then: Any = SimpleNamespace(keeps_grid=False)
-    assert tables.Row("micro", 0.5, method, (then,)).keeps_grid is kept
-
-
 def test_a_league_ranks_who_ran_everything_and_marks_what_noise_may_have_put_second() -> None:
     tops = {
         ("dense", 1.0): [90.0],

@@ -88,7 +88,7 @@ def _plans(results: Sequence[Result]) -> list[str]:
     lines = []
     for row in rows_of(results):
         shown = row.results[0].notes.get("picture")
-        if row.method in ("ours", "ours-all") and shown:
+        if row.method == "ours" and shown:
             lines += [f"`{row.method}`, {row.experiment}, {row.budget:.0%}:", "", "```", str(shown), "```", ""]
     return lines
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 
-from ..methods import methods
 from .config import DENSE
 from .result import Failure, Result
 from .rules import TOLERANCE
@@ -44,9 +43,7 @@ class Row:
 
     @property
     def keeps_grid(self) -> bool:
-        """What the method promises today; of one that is gone, what it promised."""
-        method = methods().get(self.method)
-        return self.results[0].keeps_grid if method is None else method.keeps_grid
+        return self.results[0].keeps_grid
 
     @property
     def trained(self) -> bool:

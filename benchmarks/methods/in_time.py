@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from msa2conv.cost import count_flops
-from msa2conv.levers import IN_TIME
 
 from .base import Context
 from .ours import converted
@@ -28,7 +27,7 @@ class InTime:
         context.in_time = True
         share = round(budget / count_flops(parent, context.example), 3)
         result = converted(
-            parent, budget, context, IN_TIME,
+            parent, budget, context,
             latency_target=share, batch_size=self.batch, device=context.time_on,
         )  # fmt: skip
         context.note_plan(result.plan)

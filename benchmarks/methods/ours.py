@@ -9,7 +9,6 @@ from torch import nn
 
 import msa2conv
 from msa2conv.inspection import Levers
-from msa2conv.levers import EVERY
 
 from .base import Context
 
@@ -60,7 +59,6 @@ def calibrated(parent: nn.Module, context: Context, levers: Levers | None) -> ms
 
 METHODS = [
     Calibrated("ours"),
-    Calibrated("ours-all", EVERY),
     Calibrated("ours-no-merging", ("mixer", "ffn", "thin_attention")),
     Calibrated("ours-mixers", ("mixer", "ffn")),
 ]

@@ -29,9 +29,7 @@ _BY_NAME: dict[str, type[Configured]] = {
     "merge_tokens": MergeTokens,
     "width": Width,
 }
-DEFAULT = ("mixer", "ffn", "merge_in_site", "thin_attention")
-EVERY = (*DEFAULT, "merge_tokens")  # all that need no training; "width" has to be named
-IN_TIME = EVERY  # of a budget of time: two or three merges take less of it than one in every site
+DEFAULT = ("mixer", "ffn", "merge_in_site", "thin_attention", "merge_tokens")  # all that need no training
 BY_GATES = ("mixer", "ffn")  # what the gate search can decide
 _EXAMPLE = "For example levers=('mixer', 'ffn')."
 
@@ -40,8 +38,8 @@ def resolve_levers(levers: Any, known: Iterable[str] = tuple(_BY_NAME), default:
     """Names or configured levers -> levers.
 
     Args:
-        levers: names, configured levers, or both; "all" stands for every one that needs no training, None for the
-            default.
+        levers: names, configured levers, or both; "all" stands for every one that needs no training, None for
+            `default`.
         known: names of those that can be had.
         default: what None stands for.
 
@@ -49,7 +47,7 @@ def resolve_levers(levers: Any, known: Iterable[str] = tuple(_BY_NAME), default:
         InvalidArgument.
     """
     known = list(known)
-    every = [name for name in known if name in EVERY]
+    every = [name for name in known if name in DEFAULT]
     wanted = default if levers is None else every if levers == "all" else levers
     if isinstance(wanted, (str, *_BY_NAME.values())):
         wanted = [wanted]
@@ -112,7 +110,6 @@ __all__ = [
     "BY_GATES",
     "DEFAULT",
     "FFN",
-    "IN_TIME",
     "Lever",
     "MergeInSite",
     "MergeTokens",

@@ -96,8 +96,7 @@ class Inspection:
             return [*lines, f"tokens cannot be merged through the network: {self.not_through}"]
         return [
             *lines,
-            f"tokens can be merged through the network, behind any attention of {stream.path} (lever merge_tokens, by "
-            "default under a budget of time)",
+            f"tokens can be merged through the network, behind any attention of {stream.path}",
         ]
 
 

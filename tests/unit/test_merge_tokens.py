@@ -14,7 +14,7 @@ from torch import nn
 import msa2conv
 from msa2conv import Calibration, Conversion, MergeTokens, Stage
 from msa2conv.cost import count_flops
-from msa2conv.levers import floor, resolve_levers
+from msa2conv.levers import DEFAULT, floor, resolve_levers
 from msa2conv.levers.merge_tokens import StreamRecord
 from msa2conv.plan import Shorten
 from msa2conv.stream import Drop, MergedStream
@@ -105,12 +105,15 @@ def test_an_interrupted_calibration_goes_on(model: nn.Module, result: Conversion
     assert first.stream.scores == again.stream.scores == result.calibration.stream.scores  # type: ignore[union-attr]
 
 
-def test_it_is_off_unless_asked_for(model: nn.Module) -> None:
-    assert "merge_tokens" not in [lever.name for lever in resolve_levers(None)]
-    assert "merge_tokens" in [lever.name for lever in resolve_levers("all")]
+def test_it_is_tried_by_default(model: nn.Module) -> None:
+    assert resolve_levers(None) == resolve_levers("all") and "merge_tokens" in DEFAULT
     result = msa2conv.convert(model, 0.6, data=images())
-    assert result.calibration is not None and result.calibration.stream is None
-    assert isinstance(result.model.blocks, nn.Sequential)
+    assert result.calibration is not None and result.calibration.stream is not None
+    through = {name for name in result.report.candidates if "nothing through" not in name}
+    assert through, "plans that merge through the network were compared"
+    assert isinstance(result.model.blocks, nn.Sequential) == ("blocks" not in result.plan.choices)
+    named = msa2conv.convert(model, 0.6, data=images(), levers=("ffn", "merge_in_site"))
+    assert named.calibration is not None and named.calibration.stream is None
 
 
 def test_what_blocks_return_on_the_way_is_there(model: nn.Module, result: Conversion) -> None:
