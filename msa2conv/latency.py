@@ -121,13 +121,14 @@ class Stopwatch:
         return interleaved(calls, self.device, rounds, what="time", progress=self.progress)
 
     def shares(self, hybrid: nn.Module, paths: Sequence[str]) -> dict[str, float]:
-        """What modules of a hybrid take where they stand, over those of the network in which sites choose; none on a
-        GPU, which does not tell."""
+        """What modules of a hybrid, and all of it (""), take where they stand, over those of the network in which sites
+        choose; none on a GPU, which does not tell."""
         if self.device.type != "cpu":
             return {}
         networks = {"original": self.network, "hybrid": self.ready(hybrid)}
-        samples = inside(networks, paths, self.inputs, _ROUNDS, progress=self.progress)
-        pairs = {path: (f"hybrid {path}", f"original {path}") for path in paths}
+        every = ("", *paths)
+        samples = inside(networks, every, self.inputs, _ROUNDS, progress=self.progress)
+        pairs = {path: (f"hybrid {path}", f"original {path}") for path in every}
         return {path: samples.ratio(*pair) for path, pair in pairs.items() if samples.seconds.keys() >= set(pair)}
 
     def compare(self, hybrid: nn.Module) -> Latency:
@@ -311,7 +312,7 @@ def _corrected(measured: Sequence[tuple[float, float]], wanted: float) -> float:
     allowed, found = measured[-1]
     slope = 1.0
     if len(measured) > 1 and allowed != measured[-2][0]:
-        slope = min(2.0, max(0.25, (found - measured[-2][1]) / (allowed - measured[-2][0])))
+        slope = min(2.0, max(0.5, (found - measured[-2][1]) / (allowed - measured[-2][0])))
     return allowed + (wanted - found) / slope
 
 

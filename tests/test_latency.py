@@ -109,9 +109,23 @@ def test_one_kind_that_is_slower_in_the_network_is_corrected_and_not_the_others(
     assert latency.ratio == pytest.approx(latency.predicted, rel=0.01) == pytest.approx(0.7, rel=0.05)
 
 
+def test_merging_that_takes_longer_in_the_network_is_corrected(
+    calibration: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left when the modules are taken off the network is on its account, and a plan without it is not."""
+    use(monkeypatch, Clock(in_networks={"MergedStream": 1.2}))
+    own = replace(calibration, records=[])
+    result = convert(vit(**WIDE), latency_target=0.7, calibration=own, progress=False)
+    latency = result.report.latency
+    assert latency is not None and latency.predicted is not None and "blocks" in result.plan.choices
+    assert len(latency.attempts) == 2, "one look at the network says it all"
+    assert latency.ratio == pytest.approx(latency.predicted, rel=0.02)
+
+
 def test_what_no_correction_reaches_is_said(calibration: Calibration, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, Clock({"hybrid": 12.0}, spread=0.4))
-    result = convert(vit(**WIDE), latency_target=0.75, calibration=calibration, progress=False)
+    own = replace(calibration, stream=None)
+    result = convert(vit(**WIDE), latency_target=0.75, calibration=own, progress=False)
     latency = result.report.latency
     assert latency is not None and len(latency.attempts) == 2, "the second is the fastest that there is"
     busy, missed = latency.warnings

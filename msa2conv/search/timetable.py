@@ -20,6 +20,9 @@ from ..options import Option
 from ..plan import Shorten
 from ..settings import Limit, Setting
 
+MERGING = "merging through the network"
+_LEAST = 0.1  # of the time by itself: what is measured as a difference may be off
+
 
 class Timetable(BaseModel):
     """Times of modules, by geometry: what was measured once on a device serves every model with such modules.
@@ -77,9 +80,9 @@ class SiteTimes:
         options: {(site path, option name, tokens it sees or None): of it, by itself}.
         kinds: {(site path, option name): what it does, whatever its sizes; "": nothing}.
         beside: {site path: of what stands beside it in its residual line}, of sites in a stream.
-        tokens: {site path: how many it sees in the network as it is}, of the same.
+        lines: {tokens: of what stands beside sites of a stream, on so many, over that on all}.
         drops: {(patches before, patches after): of merging them, and restoring the grid}.
-        slower: {kind: time in a network over that by itself}, of those that were seen in one.
+        slower: {kind: time in a network over that by itself}, of those that were seen in one; `MERGING` is a kind, too.
         table: all that was measured, for further runs.
     """
 
@@ -88,43 +91,60 @@ class SiteTimes:
     options: dict[tuple[str, str, int | None], float]
     kinds: dict[tuple[str, str], str] = field(default_factory=dict)
     beside: dict[str, float] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)
+    lines: dict[int, float] = field(default_factory=dict)
     drops: dict[tuple[int, int], float] = field(default_factory=dict)
     slower: dict[str, float] = field(default_factory=dict)
     table: Timetable | None = field(default=None, repr=False)
 
     def of(self, option: Option) -> float:
-        alone = self.options[option.site, option.name, option.tokens]
-        kind = self.kinds.get((option.site, option.name), "")
+        alone, kind = self.options[option.site, option.name, option.tokens], self._kind(option)
         return alone * (self.slower.get(kind, self._usually) if kind else 1.0)
+
+    def _kind(self, option: Option) -> str:
+        kind = self.kinds.get((option.site, option.name), "")
+        return kind if option.tokens is None else f"{kind} on fewer tokens"
 
     @cached_property
     def _usually(self) -> float:
         """Of kinds that no network has shown; not quicker than by themselves, or the next plan would be all theirs."""
-        return max(1.0, mean(self.slower.values())) if self.slower else 1.0
+        known = [slower for kind, slower in self.slower.items() if kind != MERGING]
+        return max(1.0, mean(known)) if known else 1.0
 
     def seen(self, choices: Mapping[str, Option], shares: Mapping[str, float]) -> SiteTimes:
         """Corrected by what modules take in a network, kind by kind: some are slower there than by themselves.
 
         Args:
             choices: of the network.
-            shares: {site path: time of its module in there over that of the original's}.
+            shares: {site path: time of its module in there over that of the original's; "": of the whole network}.
         """
         alone, there = defaultdict[str, float](float), defaultdict[str, float](float)
-        for path, share in shares.items():
-            kind = self.kinds.get((path, choices[path].name), "")
+        sites = {path: share for path, share in shares.items() if path}
+        for path, share in sites.items():
+            kind = self._kind(choices[path])
             if kind:
                 alone[kind] += self.options[path, choices[path].name, choices[path].tokens]
                 there[kind] += share * self.hosts[path]
-        return replace(self, slower=self.slower | {kind: there[kind] / alone[kind] for kind in alone if alone[kind]})
+        merged = next((option for path, option in choices.items() if path not in self.hosts), None)
+        if merged is not None and "" in shares and sites.keys() >= choices.keys() & self.hosts.keys():
+            outside = shares[""] * self.base - sum(share * self.hosts[path] for path, share in sites.items())
+            before = self.base - sum(self.hosts[path] for path in sites)
+            alone[MERGING] = self._merges(merged)
+            there[MERGING] = outside - before + self._saved(_fewer(choices))
+        known = {kind: max(_LEAST, there[kind] / alone[kind]) for kind in alone if alone[kind]}
+        return replace(self, slower=self.slower | known)
 
     def of_setting(self, setting: Setting) -> float:
         return 0.0 if setting.option is None else self._merging(setting.option(), setting.tokens)
 
     def _merging(self, merged: Option, tokens: Mapping[str, int]) -> float:
-        """Seconds of merging, less what the norms of the blocks save on fewer tokens."""
-        saved = sum(self.beside[path] * (1 - count / self.tokens[path]) for path, count in tokens.items())
-        return sum(self.drops[pair] for pair in steps(merged)) - saved
+        return self._merges(merged) * self.slower.get(MERGING, 1.0) - self._saved(tokens)
+
+    def _merges(self, merged: Option) -> float:
+        return sum(self.drops[pair] for pair in steps(merged))
+
+    def _saved(self, tokens: Mapping[str, int]) -> float:
+        """By what stands beside the sites, on fewer tokens."""
+        return sum(self.beside[path] * (1 - self.lines[count]) for path, count in tokens.items())
 
     def limit(self, sites: Iterable[str], most: float) -> Limit:
         """As a budget of the solver.
@@ -149,9 +169,12 @@ class SiteTimes:
             if path in self.hosts:
                 found += self.of(option) - self.hosts[path]
             else:
-                tokens = {path: other.tokens for path, other in choices.items() if other.tokens is not None}
-                found += self._merging(option, tokens)
+                found += self._merging(option, _fewer(choices))
         return found
+
+
+def _fewer(choices: Mapping[str, Option]) -> dict[str, int]:
+    return {path: option.tokens for path, option in choices.items() if option.tokens is not None}
 
 
 def steps(merged: Option) -> list[tuple[int, int]]:

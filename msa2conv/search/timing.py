@@ -12,6 +12,7 @@ Shape suffixes: B batch, N tokens, C channels.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections import OrderedDict
@@ -30,6 +31,7 @@ from ..settings import Setting, on_tokens
 from ..sites import AttentionSite, Claims, Site, StreamSite
 from ..stopwatch import inside, interleaved
 from ..stream import Drop, Line, Stream
+from ..transforms.apply import replace_submodule
 from ..transforms.lift import edited
 from .timetable import SiteTimes, Timetable, steps
 
@@ -92,7 +94,8 @@ def measure_times(
     first = merging.blocks[0][1]
     drops = _drops(bench, model, merging, settings, caught[first], _in_front(model, sites, caught, first))
     drops = {pair: hosts[first] * ratio for pair, ratio in drops.items()}
-    return SiteTimes(base, hosts, found, kinds, beside, merging.tokens(()), drops, table=bench.table)
+    lines = _lines(bench, model, merging, settings, caught[blocks[0]], partial(_called, model, first, caught[first]))
+    return SiteTimes(base, hosts, found, kinds, beside, lines, drops, table=bench.table)
 
 
 @dataclass(frozen=True)
@@ -311,6 +314,33 @@ def _drops(
     text = f"merging {stream.stream.prefix} {stream.stream.groups} {call.key}"
     ratios = bench.ratios(_AS_IT_IS, calls, text, ahead)
     return {pair: ratios[str(pair)] for pair in pairs}
+
+
+def _lines(
+    bench: _Bench, model: nn.Module, stream: StreamSite, settings: Sequence[Setting], call: _Caught, ahead: Ready
+) -> dict[int, float]:
+    """{tokens: time of a block's residual lines without their modules, over that on all tokens}."""
+    every = stream.stream.tokens
+    counts = {count for setting in settings for count in setting.tokens.values()} | {every}
+    calls: dict[str, Ready] = {
+        str(count): partial(_ready_lines, model, stream, call.args[0], count) for count in counts
+    }
+    ratios = bench.ratios(str(every), calls, f"residual lines {call.key}", ahead)
+    return {count: ratios[str(count)] for count in counts}
+
+
+def _ready_lines(model: nn.Module, site: StreamSite, x_BNC: Tensor, count: int) -> Callable[[], Any]:
+    (name, *_), stream = site.blocks[0], site.stream
+    block = copy.deepcopy(model.get_submodule(f"{site.path}.{name}"))
+    for line in (stream.attention, stream.ffn):
+        replace_submodule(block, line.module, _Nothing())
+    x = x_BNC[:, :count].contiguous()
+    return lambda: stream.ffn.run(block, stream.attention.run(block, x))
+
+
+class _Nothing(nn.Module):
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        return x
 
 
 def _ready_to_drop(stream: Stream, before: int, after: int, x_BNC: Tensor) -> Callable[[], Any]:
