@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 import msa2conv
 from msa2conv import latency
+from msa2conv.levers import DEFAULT
 from msa2conv.options import Option
 from msa2conv.plan import Plan
 from msa2conv.report.inspection import Inspection
 from msa2conv.search.calibration import Calibration
 from msa2conv.workbench import working_copy
 
+AT_SITES = tuple(name for name in DEFAULT if name != "merge_tokens")  # so that plans are sums of options of sites
 TARGET = 0.7
 latency._GLANCE = 1  # the report's times are believed by no test
 torch.set_num_threads(1)
@@ -65,7 +67,7 @@ class Case:
     @property
     def keywords(self) -> dict[str, Any]:
         """What `convert` has to be told beside the target."""
-        return {"example_inputs": self.images[:1], "adapters": tiny.adapters(self.name), "progress": False}
+        return keywords_of(self.name)
 
     def hybrid(self, choices: Mapping[str, Option]) -> Hybrid:
         """Plan and build any choice of options."""
@@ -84,17 +86,25 @@ class Case:
         return [self.hybrid({site: draw.choice(group) for site, group in self.options.items()}) for _ in range(3)]
 
 
+def keywords_of(name: str) -> dict[str, Any]:
+    return {
+        "example_inputs": tiny.images(name)[:1],
+        "adapters": tiny.adapters(name),
+        "levers": AT_SITES,
+        "progress": False,
+    }
+
+
 @cache
 def case_of(name: str) -> Case:
     """Build, snapshot, calibrate and convert one tiny model."""
     model = tiny.live_in(tiny.build(name))
-    images, adapters = tiny.images(name), tiny.adapters(name)
-    keywords: dict[str, Any] = {"example_inputs": images[:1], "adapters": adapters, "progress": False}
+    images = tiny.images(name)
     before = tiny.snapshot(model)
-    result = msa2conv.convert(model, TARGET, data=images, **keywords)
+    result = msa2conv.convert(model, TARGET, data=images, **keywords_of(name))
     after = tiny.snapshot(model)
     work = working_copy(model)
-    seen = msa2conv.inspect(model, example_inputs=images[:1], adapters=adapters)
+    seen = msa2conv.inspect(model, example_inputs=images[:1], adapters=tiny.adapters(name), levers=AT_SITES)
     return Case(name, model, before, after, work, images, seen, result.calibration, result)
 
 
