@@ -16,6 +16,7 @@ from PIL import Image
 
 import msa2conv
 from msa2conv import errors, write_report
+from msa2conv.levers import DEFAULT
 from msa2conv.report import page
 
 PICTURES = {"plan", "flops", "tradeoff", "heads"}
@@ -75,7 +76,7 @@ def test_the_page_is_whole_by_itself_and_shows_every_figure(result: msa2conv.Con
         f"{report.distance:.4f}",
         report.versions["torch"],
         result.plan.base.weights_sha256,
-        f"convert(model, {report.target}, levers=['mixer', 'ffn', 'merge_in_site', 'thin_attention'], data=images",
+        f"convert(model, {report.target}, levers={list(DEFAULT)!r}, data=images",
     ):
         assert shown in text.replace("&#39;", "'"), shown
 

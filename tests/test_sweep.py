@@ -12,6 +12,7 @@ from PIL import Image
 
 import msa2conv
 from msa2conv import Plan, Sweep, convert, sweep
+from msa2conv.levers import DEFAULT
 from msa2conv.search import calibrate
 
 TARGETS = [0.6, "80%", 0.8]
@@ -73,7 +74,7 @@ def test_figures_and_plans_are_written(found: Sweep, tmp_path: Path) -> None:
     for row, point in zip(written["points"], found.points, strict=True):
         assert Plan.model_validate_json((tmp_path / "out" / row["plan"]).read_text()) == point.plan
         assert (row["flops"], row["distance"]) == (point.plan.flops, point.distance)
-    assert written["seed"] == 0 and written["levers"] == ["mixer", "merge_in_site", "thin_attention", "ffn"]
+    assert written["seed"] == 0 and sorted(written["levers"]) == sorted(DEFAULT)
     assert written["predicted"][-1] == {"flops": found.points[0].plan.base.flops, "loss": 0.0}
     with Image.open(tmp_path / "out" / "sweep.png") as picture:
         assert picture.width > 800

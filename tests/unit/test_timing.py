@@ -79,6 +79,16 @@ def test_residual_lines_on_fewer_tokens_take_no_less_than_their_operators(monkey
     assert 0 < saved < 0.15 * sum(times.beside.values()) and times.of_setting(setting) == pytest.approx(merges - saved)
 
 
+def test_modules_on_fewer_tokens_have_a_correction_of_their_own() -> None:
+    host = Option("a", "attention", 10, flops_on=lambda tokens: tokens)
+    fewer = host.on(5)
+    assert fewer is not None
+    options = {("a", "attention", None): 4.0, ("a", "attention", 5): 1.0}
+    times = SiteTimes(10.0, {"a": 4.0}, options, {("a", "attention"): ""})
+    seen = times.seen({"a": fewer}, {"a": 0.5})
+    assert seen.of(fewer) == 2.0 and seen.of(host) == 4.0
+
+
 def test_alike_sites_share_times_and_a_few_widths_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     model = vit(depth=4)
     calibration = msa2conv.calibrate(model, images(), levers="ffn", progress=False)
