@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import msa2conv
 from msa2conv import Calibration, Option
 from msa2conv.errors import InvalidCheckpoint
 from msa2conv.search import timing
-from msa2conv.search.timetable import SiteTimes, Timetable, steps
+from msa2conv.search.timetable import MERGING, SiteTimes, Timetable, steps
 from msa2conv.search.timing import measure_times
 from msa2conv.settings import inside
 
@@ -87,6 +88,8 @@ def test_modules_on_fewer_tokens_have_a_correction_of_their_own() -> None:
     times = SiteTimes(10.0, {"a": 4.0}, options, {("a", "attention"): ""})
     seen = times.seen({"a": fewer}, {"a": 0.5})
     assert seen.of(fewer) == 2.0 and seen.of(host) == 4.0
+    merging = replace(times, slower={MERGING: 8.0})
+    assert merging.of(fewer) == 1.0, "what merging takes says nothing of modules"
 
 
 def test_alike_sites_share_times_and_a_few_widths_stand_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
