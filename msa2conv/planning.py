@@ -128,8 +128,7 @@ def choose_at(
 ) -> Choice:
     """Solve the budget exactly in several ways and keep the plan that does best on held-out images.
 
-    Tokens merge through the network, whose blocks then run as one, only in a plan that is better than any other by more
-    than chance explains.
+    Tokens merge through the network only in a plan that is better than any other by more than chance explains.
     Merging takes time that FLOPs do not show: what is nearly as good as the best of them and merges at fewer sites is
     tried, too, and taken if it is no further from the original.
 

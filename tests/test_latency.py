@@ -15,7 +15,7 @@ from sampled import sampled
 import msa2conv
 from msa2conv import FFN, Calibration, Conversion, calibrate, convert, latency as latency_module
 from msa2conv.errors import InfeasibleBudget, InvalidArgument, InvalidTarget, Msa2ConvError
-from msa2conv.latency import parse_latency
+from msa2conv.latency import _corrected, parse_latency
 from msa2conv.planning import choose_at
 from msa2conv.report.conversion import Report
 
@@ -133,6 +133,10 @@ def test_what_no_correction_reaches_is_said(calibration: Calibration, monkeypatc
     assert busy.startswith("the machine was busy: half of the times spread over 80% of the median; measure again ")
     more = latency.ratio / 0.75 - 1
     assert missed == f"the hybrid takes {more:.0%} more time than asked for, after 1 correction"
+
+
+def test_two_looks_that_differ_by_noise_move_the_next_by_twice_what_is_left_at_most() -> None:
+    assert _corrected([(0.6, 0.617), (0.58, 0.618)], 0.6) == pytest.approx(0.58 - 2 * 0.018)
 
 
 def test_the_same_plan_again_ends_the_corrections(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -343,8 +343,24 @@ def test_a_network_that_passes_merging_by_is_refused() -> None:
     assert found(PassesBy(vit()).eval()) == "the network does not run through model.blocks once and as a whole"
 
 
+class LooksInside(Looks):
+    """A ViT that also returns what the FFN of its last block says."""
+
+    def forward(self, x: Tensor) -> Any:
+        said: list[Tensor] = []
+        handle = self.model.blocks.get_submodule("1.mlp").register_forward_hook(lambda _m, _a, out: said.append(out))
+        out = self.model(x)
+        handle.remove()
+        return out, said[0]
+
+
+def test_a_network_that_returns_what_a_module_says_inside_is_refused() -> None:
+    reason = "the network does not run through model.blocks once and as a whole"
+    assert found(LooksInside(vit()).eval()) == reason
+
+
 def test_inspect_says_so() -> None:
-    assert ("tokens can be merged through the network, behind any attention of blocks") in str(msa2conv.inspect(vit()))
+    assert "tokens can be merged through the network, behind any attention of blocks" in str(msa2conv.inspect(vit()))
     assert "tokens cannot be merged through the network: layers.0.blocks.0.attn cannot run on merged tokens" in str(
         msa2conv.inspect(swin())
     )
