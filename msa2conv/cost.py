@@ -88,7 +88,8 @@ def _counted(model: nn.Module, inputs: Tensor) -> Counter[str]:
         from fvcore.nn.jit_handles import elementwise_flop_counter, norm_flop_counter
 
     traced = _Traced(model)
-    logging.getLogger("fvcore").setLevel(logging.ERROR)
+    if logging.getLogger("fvcore").level != logging.ERROR:  # setting it empties the caches of all loggers
+        logging.getLogger("fvcore").setLevel(logging.ERROR)
     analysis = FlopCountAnalysis(traced, inputs)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
     for name in _FUSED_ATTENTION:

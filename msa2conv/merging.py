@@ -11,6 +11,7 @@ a round: A patches that may go, R that go, D that may receive.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -153,6 +154,7 @@ def rounds(count: int, keep: int) -> list[Round]:
     return found
 
 
+@cache  # asked for by every setting of a network
 def comparisons(count: int, keep: int) -> int:
     """How many pairs of tokens are compared until `keep` of `count` are left."""
     return sum(-(-left // 2) * (left // 2) for left, _ in rounds(count, keep))

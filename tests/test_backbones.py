@@ -37,7 +37,7 @@ from msa2conv.workbench import working_copy
 TYPICAL = ("beit", "maxvit", "pvt_v2", "swin_v2", "hf_dinov2", "tv_vit", "torch_encoder")
 
 
-SAMPLE = (*TYPICAL, *list(backbones.TINY)[::2])
+SAMPLE = (*TYPICAL, *list(backbones.TINY)[::3])
 
 
 def families(typical: Collection[str] = SAMPLE) -> pytest.MarkDecorator:

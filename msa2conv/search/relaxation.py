@@ -113,6 +113,26 @@ def worth_trying(
     return kept
 
 
+def filled(
+    options: Mapping[str, Sequence[Option]],
+    choices: Mapping[str, Option],
+    least: int,
+    most: int,
+    price: Callable[[Option], float],
+) -> float | None:
+    """What choices take that one exchange brings between `least` and `most` multiply-adds; None if none does."""
+    total, worth = (sum(of(option) for option in choices.values()) for of in (lambda option: option.flops, price))
+    return min(
+        (
+            worth + price(option) - price(choices[site])
+            for site, group in options.items()
+            for option in group
+            if least <= total + option.flops - choices[site].flops <= most
+        ),
+        default=None,
+    )
+
+
 def _improved(
     prices: list[npt.NDArray[np.float64]], flops: list[npt.NDArray[np.float64]], picked: list[int], left: float
 ) -> float:
@@ -132,4 +152,4 @@ def _improved(
         picked[index] = other
 
 
-__all__ = ["bounds", "price_of", "steps", "worth_trying"]
+__all__ = ["bounds", "filled", "price_of", "steps", "worth_trying"]

@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import InfeasibleBudget
 from ..options import Option
 from ..settings import AS_IT_IS, Limit, Options, Setting, inside, least_flops, on_tokens
-from .relaxation import bounds, price_of, steps, worth_trying
+from .relaxation import bounds, filled, price_of, steps, worth_trying
 
 Choices = dict[str, Option]
 _FINE = 1e-3  # gap of the optimum under a limit: what is measured is not known better
@@ -64,7 +64,9 @@ def solve(
     worth = {site: _undominated(group, price) for site, group in options.items()}
     found = _solve(worth_trying(worth, rest, budget, price), rest, 0, budget, price)
     if found is None or rest + sum(option.flops for option in found.values()) < least:
-        found = _solve(options, rest, least, budget, price) or found
+        most = None if found is None else filled(options, found, least - rest, budget - rest, price)
+        every = options if most is None else worth_trying(options, rest, budget, price, most)
+        found = _solve(every, rest, least, budget, price) or found
     if found is None:
         raise infeasible(budget, floor)
     return found

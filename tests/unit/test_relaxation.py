@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from test_solve import Options, instances, total
 
 from msa2conv.options import Option
-from msa2conv.search.relaxation import worth_trying
+from msa2conv.search.relaxation import filled, worth_trying
 from msa2conv.search.solve import PRICES, solve
 
 
@@ -48,3 +48,18 @@ def test_hundreds_of_options_become_a_few() -> None:
     found = solve(options, 0, budget)
     assert total(found) <= budget
     assert all(option in kept[site] for site, option in found.items())
+
+
+def test_one_exchange_uses_a_budget_up() -> None:
+    """What it costs bounds the optimum from above, so that few of the options that only fill the budget are left."""
+    options = {
+        site: [Option(site, str(units), units, score=(units - 40) ** 2 / 64) for units in range(1, 101)]
+        for site in ("a", "b")
+    }
+    best = solve(options, 0, 160)  # 40 and 40 would be better, and leave a half of the budget unused
+    assert 159 <= total(best) <= 160
+    at_best = {site: group[39] for site, group in options.items()}
+    assert filled(options, at_best, 159, 160, price) is None, "one site alone cannot"
+    found = filled(options, at_best, 100, 110, price)
+    assert found == 20**2 / 64  # 40 and 60
+    assert max(map(len, worth_trying(options, 0, 110, price, found).values())) == 41

@@ -34,11 +34,15 @@ from msa2conv.transforms.lift import edited, lift
 from msa2conv.transforms.widths import _refused, find_width
 from msa2conv.workbench import working_copy
 
-OTHERS = ("swin_padded", "foreign")
-NAMES = ("vit", "distilled", "qk_norm", "non_square", *OTHERS)
 of_vits = pytest.mark.skipif(
     not NARROW_ATTENTION, reason="its ViT reshapes to the width of its input, which is refused"
 )
+NAMES = [
+    "swin_padded",
+    "foreign",
+    pytest.param("vit", marks=of_vits),
+    *(pytest.param(name, marks=(of_vits, pytest.mark.slow)) for name in ("distilled", "qk_norm", "non_square")),
+]
 SMALL = Width(keep=(0.75, 0.5))
 LEVERS = ("mixer", "ffn", "merge_in_site", "thin_attention", SMALL)
 
@@ -225,7 +229,7 @@ def test_the_channel_that_nothing_reads_goes_first() -> None:
 # The laws
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in OTHERS else of_vits) for name in NAMES])
+@pytest.mark.parametrize("name", NAMES)
 def test_every_law_holds_in_narrower_networks(name: str) -> None:
     model, seen, calibration = calibrated(name)
     pictures, draw = tiny.images(name, 3), random.Random(name)
