@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from .plan import Edit, Wrap
+from .plan import Edit, Shorten, Wrap
 
 
 def no_tensors() -> Mapping[str, Tensor]:
@@ -44,8 +44,9 @@ class Option:
 
     @property
     def merges(self) -> int:
-        """Modules that it puts around the host, which take time and hardly any FLOPs."""
-        return sum(isinstance(edit, Wrap) for edit in self.edits)
+        """How often it has tokens merged, which takes time and hardly any FLOPs."""
+        through = sum(len(edit.spec.drops) for edit in self.edits if isinstance(edit, Shorten))
+        return through + sum(isinstance(edit, Wrap) for edit in self.edits)
 
     def on(self, tokens: int) -> Option | None:
         """The same where its site sees so many tokens, prefix tokens included; None where it cannot run on them."""

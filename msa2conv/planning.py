@@ -20,7 +20,7 @@ from .report.inspection import Inspection
 from .search.calibration import Calibration
 from .search.frontier import frontier
 from .search.measure import OutputFn, agreement, average, distances, farther, outputs
-from .search.solve import diverse, fewest_merges
+from .search.solve import diverse
 from .settings import Limit
 from .sites import AttentionSite
 from .transforms.apply import apply, apply_edits, load_tensors
@@ -128,9 +128,8 @@ def choose_at(
 ) -> Choice:
     """Solve the budget exactly in several ways and keep the plan that does best on held-out images.
 
-    Tokens merge through the network only in a plan that is better than any other by more than chance explains.
-    Merging takes time that FLOPs do not show: what is nearly as good as the best of them and merges at fewer sites is
-    tried, too, and taken if it is no further from the original.
+    Merging takes time that FLOPs do not show: without a `limit`, a plan that merges tokens at most half as often as
+    the best is taken instead if it is no farther from the original than chance explains.
 
     Args:
         model: the original or a narrower network, float32, eval.
@@ -161,14 +160,10 @@ def choose_at(
     for name in track(list(found), "compare", progress):
         compare(name)
     best = min(means, key=means.__getitem__)
-    apart = [name for name, optimum in found.items() if optimum.setting.option is None]
-    if apart and not farther(every_N[best], every_N[nearest := min(apart, key=means.__getitem__)]):
-        best = nearest
-    fewer = found[best] if limit else fewest_merges(found[best], options, rest, target)  # a limit knows what they take
-    if fewer is not found[best]:
-        found[name := best + ", fewer merges"] = fewer
-        compare(name)
-        best = name if means[name] <= means[best] else best
+    if limit is None:  # which knows what merging takes
+        light = [name for name in found if 2 * found[name].merges <= found[best].merges]
+        as_close = [name for name in light if not farther(every_N[best], every_N[name])]
+        best = min(as_close, key=means.__getitem__, default=best)
     predicted = sum(option.score or 0.0 for option in found[best].choices.values())
     return Choice(found[best].choices, best, predicted, means, agreements[best])
 

@@ -12,6 +12,7 @@ Shape suffixes: B batch, N tokens, K tokens that are left, C channels.
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -195,10 +196,10 @@ class MergedStream(nn.Module):
             return iter((self,))
         return iter(self.steps())
 
-    def __getitem__(self, index: Any) -> MergedStream:
+    def __getitem__(self, index: Any) -> MergedStream | Step:
         whole = range(len(self))
-        if self.one_step and isinstance(index, int) and index in (0, -1):
-            return self
+        if isinstance(index, int):
+            return self if self.one_step and index in (0, -1) else Step(self, list(self._modules)[index], {})
         if isinstance(index, slice) and whole[index] == whole[: len(whole[index])]:
             return self._first(len(whole[index]))
         raise UnsupportedArgument(f"{type(self).__name__}[...]", repr(index), "the first of its blocks", _IN_ORDER)
@@ -220,6 +221,7 @@ class Step:
     """One block of a walk over a MergedStream: from all tokens to all tokens.
 
     Tokens that go together have what they go into for their mean, so all that has to be known is which these are.
+    Everything but a call is the block's: `blocks[5].attn`, `blocks[5].register_forward_hook(...)`.
 
     Args:
         stream: whose block it is.
@@ -227,16 +229,32 @@ class Step:
         known: the merges of this walk so far, {block: merge}.
     """
 
-    __slots__ = ("known", "name", "stream")
+    __slots__ = ("_known", "_name", "_stream")
+    _known: dict[str, Fewer]
+    _name: str
+    _stream: MergedStream
 
     def __init__(self, stream: MergedStream, name: str, known: dict[str, Fewer]) -> None:
-        self.stream, self.name, self.known = stream, name, known
+        for slot, value in zip(Step.__slots__, (known, name, stream), strict=True):
+            object.__setattr__(self, slot, value)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_stream").get_submodule(self._name), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._stream.get_submodule(self._name), name, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        return copy.deepcopy(self._stream.get_submodule(self._name), memo)
+
+    def __repr__(self) -> str:
+        return repr(self._stream.get_submodule(self._name))
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.stream.check(x, args, kwargs)
-        block, merges = self.stream.get_submodule(self.name), self._before()
+        self._stream.check(x, args, kwargs)
+        block, merges = self._stream.get_submodule(self._name), self._before()
         out: Tensor
-        if not merges and self.name not in self.stream.schedules:
+        if not merges and self._name not in self._stream.schedules:
             out = block(x, *args, **kwargs)
         elif _looked_at(block):
             with _in_place_of_forward(block, partial(self._run, block, merges)):
@@ -246,26 +264,26 @@ class Step:
         return out
 
     def _run(self, block: nn.Module, merges: Sequence[Fewer], x: Tensor, *_: Any, **__: Any) -> Tensor:
-        stream, name, y = self.stream, self.name, x
+        stream, name, y = self._stream, self._name, x
         for fewer in merges:
             y = fewer.means(y)
         entered, y = y, stream.attended(block, y, merges[-1] if merges else None)
         if name in stream.schedules:
             x = x + _spread(merges, y - entered)
-            self.known[name] = stream.merged(name, y, merges[-1] if merges else None)
-            merges = [*merges, self.known[name]]
+            self._known[name] = stream.merged(name, y, merges[-1] if merges else None)
+            merges = [*merges, self._known[name]]
             entered = y = merges[-1].tokens_BKC
         return x + _spread(merges, stream.spec.ffn.run(block, y) - entered)
 
     def _before(self) -> list[Fewer]:
-        earlier = takewhile(lambda other: other != self.name, self.stream._modules)
-        merging = [other for other in earlier if other in self.stream.schedules]
-        if not self.known.keys() >= set(merging):
+        earlier = takewhile(lambda other: other != self._name, self._stream._modules)
+        merging = [other for other in earlier if other in self._stream.schedules]
+        if not self._known.keys() >= set(merging):
             raise UnsupportedArgument(
-                f"a step of {type(self.stream).__name__}", f"block {self.name} without {merging[0]}",
+                f"a step of {type(self._stream).__name__}", f"block {self._name} without {merging[0]}",
                 "blocks in their order", _IN_ORDER,
             )  # fmt: skip
-        return [self.known[other] for other in merging]
+        return [self._known[other] for other in merging]
 
 
 def _looked_at(block: nn.Module | None) -> bool:

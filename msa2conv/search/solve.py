@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -11,12 +12,11 @@ import numpy as np
 from ..errors import InfeasibleBudget
 from ..options import Option
 from ..settings import AS_IT_IS, Limit, Options, Setting, inside, least_flops, on_tokens
-from .relaxation import bounds, filled, price_of, steps, worth_trying
+from .relaxation import bounds, filled, steps, worth_trying
 
 Choices = dict[str, Option]
 _FINE = 1e-3  # gap of the optimum under a limit: what is measured is not known better
-SLACK = 0.05  # how much worse, in its price, a plan may be that merges at fewer sites
-NEGLIGIBLE = 1e-3  # ... or by as much as an option of this score (nats, or relative error) costs
+MERGE = 0.05  # of what an optimum costs: the price of a merge inside a site where few are wanted
 
 
 def solve(
@@ -160,42 +160,33 @@ class Optimum:
         option = self.setting.option()
         return {option.site: option} | self.sites
 
+    @property
+    def merges(self) -> int:
+        """How often tokens are merged, inside sites and through the network."""
+        return sum(option.merges for option in self.choices.values())
 
-def fewest_merges(optimum: Optimum, options: Options, rest: int, budget: int) -> Optimum:
-    """Of the solutions that are nearly as good as an optimum, the best that merges at the fewest sites.
 
-    Comparing and gathering tokens takes time but hardly any FLOPs. Nearly as good: dearer by at most `SLACK` and what
-    one option of score `NEGLIGIBLE` costs; whether it is as good, only the whole network can tell. The budget is used
-    as the optimum uses it.
+def few_merges(
+    optimum: Optimum, settings: Iterable[Setting], options: Options, rest: int, budget: int
+) -> Optimum | None:
+    """The optimum where every merge inside a site costs `MERGE` of what this one costs in sum.
+
+    Comparing and gathering tokens takes time but hardly any FLOPs. Whether what merges less is as good, only the whole
+    network can tell.
 
     Args:
-        optimum: what `diverse` found.
-        options, rest, budget: those it was found with.
+        optimum: what `solve_settings` found.
+        settings, options, rest, budget: those it was found with.
 
     Returns:
-        The optimum itself where nothing merges less.
+        None where nothing merges inside a site.
     """
     price, choices = optimum.price, optimum.sites
     if not any(option.merges for option in choices.values()):
-        return optimum
-    own, rest = inside(optimum.setting, options), rest + optimum.setting.flops
-    most = (1 + SLACK) * sum(map(price, choices.values())) + price_of(NEGLIGIBLE, price)
-    limit = Limit(price, lambda setting: 0.0, 0.0, most)
-
-    def count(option: Option) -> float:
-        """Merges first, prices (less than one in sum) among equals."""
-        return option.merges + price(option) / (2 * limit.most)
-
-    least = min(int(np.ceil(0.99 * budget)), rest + sum(option.flops for option in choices.values()))
-    worth = {site: _undominated(group, count, limit) for site, group in own.items()}
-    worth = worth_trying(worth, rest, budget, price, limit.most)
-    found = _solve(worth, rest, 0, budget, count, limit)
-    if found is None or rest + sum(option.flops for option in found.values()) < least:
-        every = worth_trying(own, rest, budget, price, limit.most)
-        found = _solve(every, rest, least, budget, count, limit)
-    if found is None or sum(map(count, found.values())) >= sum(map(count, choices.values())):
-        return optimum
-    return replace(optimum, sites=found)
+        return None
+    each = MERGE * (steps(optimum.setting, price) + sum(map(price, choices.values())))
+    dearer = solve_settings(settings, options, rest, budget, lambda option: price(option) + each * option.merges)
+    return Optimum(price, *dearer)
 
 
 def _undominated(group: Sequence[Option], price: Callable[[Option], float], limit: Limit | None = None) -> list[Option]:
@@ -308,21 +299,19 @@ def diverse(
 ) -> dict[str, Optimum]:
     """{name of the price: its optimum}, duplicates dropped.
 
-    With several settings also the optimum without any, where there is one.
+    With several settings also the optimum without any, where there is one. Without a limit, which knows what they take,
+    also the optimum of few merges.
     """
     found: dict[str, Optimum] = {}
-    seen: set[tuple[str, ...]] = set()
-    ways = {"": list(settings)} | ({", nothing through": [AS_IT_IS]} if len(settings) > 1 else {})
     for name, price in PRICES.items():
-        for suffix, allowed in ways.items():
-            try:
-                optimum = Optimum(price, *solve_settings(allowed, options, rest, budget, price, limit))
-            except InfeasibleBudget:
-                if not suffix:
-                    raise
-                continue
-            key = tuple(option.name for option in optimum.choices.values())
-            if key not in seen:
-                seen.add(key)
-                found[name + suffix] = optimum
-    return found
+        found[name] = Optimum(price, *solve_settings(settings, options, rest, budget, price, limit))
+        if limit is None and (few := few_merges(found[name], settings, options, rest, budget)) is not None:
+            found[f"{name}, few merges"] = few
+        if len(settings) > 1:
+            with suppress(InfeasibleBudget):
+                alone = solve_settings([AS_IT_IS], options, rest, budget, price, limit)
+                found[f"{name}, nothing through"] = Optimum(price, *alone)
+    first: dict[tuple[str, ...], str] = {}
+    for name, optimum in found.items():
+        first.setdefault(tuple(option.name for option in optimum.choices.values()), name)
+    return {name: found[name] for name in first.values()}

@@ -77,11 +77,9 @@ def apply_edits(model: nn.Module, edits: Iterable[Edit], root: str = "") -> None
         elif isinstance(edit, Slice):
             _slice(model, path, edit)
         elif isinstance(edit, Wrap):
-            host = submodule(model, path)
-            replace_submodule(model, path, edit.spec.build(host, edit.io).train(host.training))
+            _put_around(model, path, edit.spec.build(submodule(model, path), edit.io))
         elif isinstance(edit, Shorten):
-            blocks = submodule(model, path)
-            replace_submodule(model, path, edit.spec.build(blocks).train(blocks.training))
+            _put_around(model, path, edit.spec.build(submodule(model, path)))
         else:
             owner = submodule(model, path)
             setattr(owner, edit.name, type(getattr(owner, edit.name))(edit.value))
@@ -233,6 +231,11 @@ def _replace(model: nn.Module, path: str, edit: Replace) -> None:
     if edit.start is not None and isinstance(edit.spec, Conv):
         load_tensors(new, {name: value.detach() for name, value in edit.start.tensors(old, edit.spec.kernel).items()})
     replace_submodule(model, path, new.train(old.training))
+
+
+def _put_around(model: nn.Module, path: str, wrapper: nn.Module) -> None:
+    wrapper.training = submodule(model, path).training  # alone: what it stands around has modes of its own
+    replace_submodule(model, path, wrapper)
 
 
 def _slice(model: nn.Module, path: str, edit: Slice) -> None:

@@ -13,9 +13,10 @@ from hypothesis import given, settings, strategies as st
 from msa2conv import planning
 from msa2conv.errors import InfeasibleBudget
 from msa2conv.options import Option
-from msa2conv.plan import Wrap
-from msa2conv.search.solve import NEGLIGIBLE, PRICES, SLACK, Optimum, diverse, fewest_merges, solve, solve_settings
+from msa2conv.plan import Shorten, Wrap
+from msa2conv.search.solve import MERGE, PRICES, Optimum, diverse, few_merges, solve, solve_settings
 from msa2conv.settings import AS_IT_IS, Limit, Setting, least_flops
+from msa2conv.stream import Drop, Stream
 
 Options = dict[str, list[Option]]
 
@@ -107,83 +108,88 @@ def test_prices_disagree_and_duplicates_are_dropped() -> None:
     assert found == {"additive": ("half", "half"), "square root": ("none", "host")}
 
 
-# Fewer merges
+# Few merges
 
 
 @settings(max_examples=80, deadline=None)
 @given(instances(), st.randoms(use_true_random=False))
-def test_the_fewest_merges_at_nearly_the_best_price_are_brute_forces(
-    instance: tuple[Options, int, int], draw: random.Random
-) -> None:
+def test_the_optimum_of_few_merges_is_brute_forces(instance: tuple[Options, int, int], draw: random.Random) -> None:
     options, rest, budget = instance
     wrap = Wrap.model_construct()
     options = {
         site: [dataclasses.replace(option, edits=(wrap,) * draw.randint(0, 1)) for option in group]
         for site, group in options.items()
     }
-    best = solve(options, rest, budget)
-    most = (1 + SLACK) * sum(option.score or 0.0 for option in best.values()) + NEGLIGIBLE
-    least = min(0.99 * budget, total(best, rest))
-    possible = [
-        (sum(option.merges for option in plan), price)
-        for plan in itertools.product(*options.values())
-        if least <= total(plan, rest) <= budget
-        and (price := sum(option.score or 0.0 for option in plan)) <= most + 1e-9
-    ]
-    found = fewest_merges(Optimum(PRICES["additive"], AS_IT_IS, best), options, rest, budget).choices
-    assert list(found) == list(options)
-    assert least <= total(found, rest) <= budget
-    merges, price = min(possible)
-    assert sum(option.merges for option in found.values()) == merges
-    assert sum(option.score or 0.0 for option in found.values()) == pytest.approx(price, rel=1e-4, abs=1e-5)
+    best = Optimum(price, AS_IT_IS, solve(options, rest, budget))
+    found = few_merges(best, [AS_IT_IS], options, rest, budget)
+    if best.merges == 0:
+        assert found is None
+        return
+    assert found is not None and list(found.sites) == list(options) and total(found.sites, rest) <= budget
+    each = MERGE * sum(map(price, best.sites.values()))
+    dearer = {
+        site: [dataclasses.replace(o, score=price(o) + each * o.merges) for o in group]
+        for site, group in options.items()
+    }
+    cost = sum(price(option) + each * option.merges for option in found.sites.values())
+    assert cost == pytest.approx(brute_force(dearer, rest, budget), abs=1e-5)
 
 
-def test_a_plan_that_merges_less_is_offered_where_it_is_nearly_as_good() -> None:
-    wrap = Wrap.model_construct()
-    half = Option("b", "half", 50, score=1.0 + SLACK - 0.01)
-    merged = Option("b", "host@8", 50, edits=(wrap,), score=1.0)
+def price(option: Option) -> float:
+    return option.score or 0.0
+
+
+@pytest.mark.parametrize(("more", "few"), [(0.9 * MERGE, "half"), (1.1 * MERGE, None)])
+def test_a_merge_has_to_be_worth_it(more: float, few: str | None) -> None:
+    """What merges less is offered where it is dearer by at most a share of the optimum; with a limit it is not."""
+    merged = Option("b", "host@8", 50, edits=(Wrap.model_construct(),), score=1.0)
+    half = Option("b", "half", 50, score=1.0 + more)
     options = {"a": [Option("a", "host", 100, score=0.0)], "b": [Option("b", "host", 100, score=0.0), half, merged]}
-    assert by_price_and_merges(options) == (merged, half)
-    worse = dataclasses.replace(half, score=1.0 + SLACK + 0.01)
-    assert by_price_and_merges(options | {"b": [*options["b"][:1], worse, merged]}) == (merged, merged)
-    free, nearly = dataclasses.replace(merged, score=0.0), dataclasses.replace(half, score=0.9 * NEGLIGIBLE)
-    assert by_price_and_merges(options | {"b": [*options["b"][:1], nearly, free]}) == (free, nearly)
+    found = diverse(options, 0, 150)
+    assert found["additive"].sites["b"] == merged and found["additive"].merges == 1
+    offered = found.get("additive, few merges")
+    assert (offered and offered.sites["b"].name) == few and (offered is None or offered.merges == 0)
+    timed = diverse(options, 0, 150, limit=Limit(lambda option: 1.0, lambda setting: 0.0, 0.0, 9.0))
+    assert not any("few" in name for name in timed)
 
 
-def by_price_and_merges(options: Options) -> tuple[Option, Option]:
-    """What site b becomes in the optimum, and in what merges less."""
-    optimum = diverse(options, 0, 150)["additive"]
-    return optimum.sites["b"], fewest_merges(optimum, options, 0, 150).sites["b"]
+def test_merges_through_the_network_count() -> None:
+    stream = Stream.model_construct(drops=(Drop(block="0", keep=9), Drop(block="2", keep=4)))
+    through = Option("blocks", "9 from 0, 4 from 2", 0, edits=(Shorten.model_construct(path="blocks", spec=stream),))
+    sites = {"a": Option("a", "host@8", 50, edits=(Wrap.model_construct(),), score=1.0)}
+    assert through.merges == 2 and Optimum(price, Setting(option=lambda: through), sites).merges == 3
 
 
-@pytest.mark.parametrize("better", [True, False])
-def test_what_merges_less_is_taken_where_the_whole_network_is_as_close(
-    better: bool, vit: Case, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("many", "few", "close", "taken"),
+    [(4, 2, True, "few"), (4, 3, True, "many"), (4, 2, False, "many"), (4, 0, True, "few"), (0, 0, True, "many")],
+)
+@pytest.mark.parametrize("timed", [False, True])
+def test_half_the_merges_are_taken_where_the_network_is_as_close(
+    many: int, few: int, close: bool, taken: str, timed: bool, vit: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hosts = {path: next(option for option in group if not option.edits) for path, group in vit.options.items()}
-    broken = {path: next((o for o in vit.options[path] if o.name == "skip"), host) for path, host in hosts.items()}
-    optimum, fewer = (broken, hosts) if better else (hosts, broken)
-    price = PRICES["additive"]
-    monkeypatch.setattr(planning, "diverse", lambda *_: {"additive": Optimum(price, AS_IT_IS, optimum)})
-    monkeypatch.setattr(planning, "fewest_merges", lambda *_: Optimum(price, AS_IT_IS, fewer))
-    choice = planning.choose(vit.work, vit.calibration, vit.seen.costs.base, progress=False)
-    assert choice.choices == hosts and choice.price == ("additive, fewer merges" if better else "additive")
-    assert set(choice.distances) == {"additive", "additive, fewer merges"}
-
-
-@pytest.mark.parametrize("better", [True, False])
-def test_the_grid_is_given_up_only_for_what_is_better(better: bool, vit: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    hosts = {path: next(option for option in group if not option.edits) for path, group in vit.options.items()}
-    broken = {path: next((o for o in vit.options[path] if o.name == "skip"), host) for path, host in hosts.items()}
-    price, gives_up = PRICES["additive"], Setting(option=lambda: next(iter(hosts.values())))
-    found = {
-        "without": Optimum(price, gives_up, hosts),
-        "with": Optimum(price, AS_IT_IS, broken if better else hosts),
-    }
+    other = hosts if close else {path: option_named(vit, path, "skip") for path in hosts}
+    found = {"many": Counted(price, AS_IT_IS, hosts, many), "few": Counted(price, AS_IT_IS, other, few)}
     monkeypatch.setattr(planning, "diverse", lambda *_: found)
-    monkeypatch.setattr(planning, "fewest_merges", lambda optimum, *_: optimum)
-    choice = planning.choose(vit.work, vit.calibration, vit.seen.costs.base, progress=False)
-    assert choice.price == ("without" if better else "with")
+    limit = Limit(lambda option: 0.0, lambda setting: 0.0, 0.0, 1.0) if timed else None
+    choice = planning.choose_at(vit.work, vit.calibration, vit.seen.costs.base, progress=False, limit=limit)
+    assert choice.price == ("many" if timed else taken) and set(choice.distances) == {"many", "few"}
+
+
+def option_named(case: Case, path: str, name: str) -> Option:
+    return next((option for option in case.options[path] if option.name == name), case.options[path][0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted(Optimum):
+    """An optimum that is said to merge so often."""
+
+    count: int = 0
+
+    @property
+    def merges(self) -> int:
+        return self.count
 
 
 # Settings

@@ -159,7 +159,7 @@ def test_what_is_added_between_two_steps_is_heeded() -> None:
     host, x, more = blocks(2), noise(1, 16, 12), noise(1, 16, 12).roll(1, 1)
     first, second = stream(14, ("0", 6)).build(host)
     y = first(x)
-    known = first.known["0"]  # type: ignore[attr-defined]
+    known = first._known["0"]  # type: ignore[attr-defined]
     tokens = known.means(y + more)
     mask = Sizes(argument="attn_mask").mask(known.size_BK)
     merged = tokens + host[1].ls1(host[1].attn(host[1].norm1(tokens), attn_mask=mask))  # type: ignore[operator]
@@ -173,12 +173,35 @@ def test_a_list_that_the_network_walks_over_is_one_step() -> None:
     merged = stream(14, ("0", 9), ("1", 5)).build(nn.ModuleList(host))
     assert list(merged) == [merged] and len(merged) == 1 and merged[0] is merged[-1] is merged[:] is merged
     torch.testing.assert_close(merged(x), stream(14, ("0", 9), ("1", 5)).build(host)(x))
-    with pytest.raises(UnsupportedArgument) as caught:
-        merged[1]
-    assert str(caught.value) == (
-        "MergedStream[...]: found 1; expected the first of its blocks. Tokens that merged in one block stay together "
-        "in the next: go through all blocks from the first on, or convert without merge_tokens."
-    )
+    assert merged[1].attn is host[1].attn and merged[-2].attn is host[1].attn
+    with pytest.raises(UnsupportedArgument, match="block 1 without 0"):
+        merged[1](x)
+
+
+@torch.no_grad()
+def test_one_block_is_looked_at_as_before() -> None:
+    """Attributes, hooks and copies are the block's; run by itself, it is refused where tokens merged before it."""
+    host, x, seen = blocks(), noise(1, 16, 12), list[torch.Size]()
+    merged = stream(14, ("0", 9)).build(host)
+    for number, step in enumerate(merged):
+        assert step.attn is merged[number].attn is merged[number - 3].attn is host[number].attn
+        assert repr(step) == repr(host[number])
+    assert list(merged[1].parameters())[0] is list(host[1].parameters())[0]  # noqa: RUF015
+    merged[-1].norm1.register_forward_hook(lambda _m, _a, out: seen.append(out.shape))
+    merged[1].register_forward_hook(lambda _m, _a, out: seen.append(out.shape))
+    merged(x)
+    assert seen == [x.shape, (1, 11, 12)]  # what is behind a block is all tokens, what is inside one is what it runs on
+    torch.testing.assert_close(merged[0](x), states(host, x, {"0": 9})[0])
+    own = copy.deepcopy(merged[1])
+    assert type(own) is type(host[1]) and own is not host[1]
+    merged[2].attn = nn.Identity()
+    assert isinstance(host[2].attn, nn.Identity)
+    with pytest.raises(AttributeError, match="nothing_of_that_name"):
+        merged[1].nothing_of_that_name()
+    with pytest.raises(IndexError):
+        merged[3]
+    with pytest.raises(UnsupportedArgument, match="block 1 without 0"):
+        merged[1](x)
 
 
 @torch.no_grad()
@@ -192,9 +215,13 @@ def test_the_first_blocks_run_by_themselves() -> None:
     assert merged[:3] is merged[:] is merged and not first.training and len(merged[:0]) == 0
     assert list(merged.state_dict()) == list(host.state_dict())
     assert "9 patches behind the attention of 0" in repr(merged)
-    for index in (0, -1, slice(1, None), slice(None, None, 2)):
-        with pytest.raises(UnsupportedArgument, match="expected the first of its blocks"):
+    for index in (slice(1, None), slice(None, None, 2)):
+        with pytest.raises(UnsupportedArgument) as caught:
             merged[index]
+        assert str(caught.value) == (
+            f"MergedStream[...]: found {index}; expected the first of its blocks. Tokens that merged in one block stay "
+            "together in the next: go through all blocks from the first on, or convert without merge_tokens."
+        )
 
 
 def test_a_step_out_of_order_is_refused() -> None:

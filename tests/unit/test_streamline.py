@@ -287,8 +287,8 @@ def test_all_passes_of_a_conversion(hybrid: msa2conv.Conversion, tmp_path: Path)
 @torch.no_grad()
 def test_a_network_that_merges_all_the_way_is_streamlined_too() -> None:
     """Its thin attentions stand in blocks that run on fewer and fewer tokens."""
-    levers = (msa2conv.ThinAttention(shares=((1, 0.5, 0.5),)), msa2conv.MergeTokens())
-    result = msa2conv.convert(vit(depth=4), 0.5, data=images(16), levers=levers, progress=False)
+    levers = (msa2conv.ThinAttention(shares=((1, 0.5, 0.5),)), msa2conv.MergeTokens(keep=(0.5,), drops=1))
+    result = msa2conv.convert(vit(depth=4), 0.62, data=images(16), levers=levers, progress=False)
     assert {edit.kind for edit in result.plan.edits} >= {"replace", "shorten"}
     after, x = msa2conv.streamline(result, images=images(8, seed=3)), images(4, seed=1)
     assert set(after.report.streamlined) == {"fuse_qkv"}
