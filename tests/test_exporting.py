@@ -17,6 +17,7 @@ import msa2conv
 from msa2conv import exporting
 from msa2conv.errors import ExportFailed, InvalidArgument, InvalidOutputPath, MissingDependency
 from msa2conv.merging import Merged
+from msa2conv.stream import MergedStream
 
 BLOCKED = """
 import sys
@@ -81,7 +82,7 @@ def test_half_precision_is_half_the_size_and_its_difference_is_told(tmp_path: Pa
 
 def test_a_hybrid_that_merges_runs_in_half_precision(tmp_path: Path) -> None:
     result = converted()
-    assert any(isinstance(module, Merged) for module in result.model.modules())
+    assert any(isinstance(module, Merged | MergedStream) for module in result.model.modules())
     exported = msa2conv.export_onnx(result, tmp_path / "half.onnx", half=True, images=images(8))
     assert exported.difference < 0.5, "rounding may decide which tokens merge, no more"
 

@@ -478,9 +478,12 @@ def test_killed_again_and_again(complete: Conversion, tmp_path: Path, times: int
     while kills < times:
         child = os.fork()
         if not child:
-            _die_after(moments.randrange(20))
-            same_result = same(tuned(val=VAL, resume=tmp_path, save_every=2).model, complete.model)
-            os._exit(0 if same_result else 1)
+            same_result = False
+            try:
+                _die_after(moments.randrange(20))
+                same_result = same(tuned(val=VAL, resume=tmp_path, save_every=2).model, complete.model)
+            finally:  # whatever happens, no second process goes on with the tests
+                os._exit(0 if same_result else 1)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert status in (0, -signal.SIGKILL)
         assert not (tmp_path / STATE_FILE).exists() or read_state(tmp_path / STATE_FILE)
