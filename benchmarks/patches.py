@@ -86,7 +86,7 @@ def states(net: Any, images: Tensor, means_only: bool) -> Iterator[Tensor]:
         for step in steps:
             tokens = step(tokens)
         if means_only:
-            merges = list(steps[-1].known.values())
+            merges = list(steps[-1]._known.values())
             for merge in merges:
                 tokens = merge.means(tokens)
             for merge in reversed(merges):
