@@ -160,7 +160,7 @@ def choose_at(
     for name in track(list(found), "compare", progress):
         compare(name)
     best = min(means, key=means.__getitem__)
-    if limit is None:  # which knows what merging takes
+    if limit is None:  # a limit knows what merging takes
         light = [name for name in found if 2 * found[name].merges <= found[best].merges]
         as_close = [name for name in light if not farther(every_N[best], every_N[name])]
         best = min(as_close, key=means.__getitem__, default=best)

@@ -229,42 +229,44 @@ class Step:
         known: the merges of this walk so far, {block: merge}.
     """
 
-    __slots__ = ("_known", "_name", "_stream")
+    __slots__ = ("_block", "_known", "_name", "_stream")
+    _block: nn.Module
     _known: dict[str, Fewer]
     _name: str
     _stream: MergedStream
 
     def __init__(self, stream: MergedStream, name: str, known: dict[str, Fewer]) -> None:
-        for slot, value in zip(Step.__slots__, (known, name, stream), strict=True):
+        own = stream.get_submodule(name), known, name, stream
+        for slot, value in zip(Step.__slots__, own, strict=True):
             object.__setattr__(self, slot, value)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "_stream").get_submodule(self._name), name)
+        return getattr(object.__getattribute__(self, "_block"), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._stream.get_submodule(self._name), name, value)
+        setattr(self._block, name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        return copy.deepcopy(self._stream.get_submodule(self._name), memo)
+        return copy.deepcopy(self._block, memo)
 
     def __repr__(self) -> str:
-        return repr(self._stream.get_submodule(self._name))
+        return repr(self._block)
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._stream.check(x, args, kwargs)
-        block, merges = self._stream.get_submodule(self._name), self._before()
+        block, merges = self._block, self._before()
         out: Tensor
         if not merges and self._name not in self._stream.schedules:
             out = block(x, *args, **kwargs)
         elif _looked_at(block):
-            with _in_place_of_forward(block, partial(self._run, block, merges)):
+            with _in_place_of_forward(block, partial(self._run, merges)):
                 out = block(x, *args, **kwargs)
         else:
-            out = self._run(block, merges, x)
+            out = self._run(merges, x)
         return out
 
-    def _run(self, block: nn.Module, merges: Sequence[Fewer], x: Tensor, *_: Any, **__: Any) -> Tensor:
-        stream, name, y = self._stream, self._name, x
+    def _run(self, merges: Sequence[Fewer], x: Tensor, *_: Any, **__: Any) -> Tensor:
+        stream, block, name, y = self._stream, self._block, self._name, x
         for fewer in merges:
             y = fewer.means(y)
         entered, y = y, stream.attended(block, y, merges[-1] if merges else None)

@@ -299,7 +299,7 @@ def diverse(
 ) -> dict[str, Optimum]:
     """{name of the price: its optimum}, duplicates dropped.
 
-    With several settings also the optimum without any, where there is one. Without a limit, which knows what they take,
+    Where a setting is best, also the optimum without any, if there is one. Without a limit, which knows what they take,
     also the optimum of few merges.
     """
     found: dict[str, Optimum] = {}
@@ -307,7 +307,7 @@ def diverse(
         found[name] = Optimum(price, *solve_settings(settings, options, rest, budget, price, limit))
         if limit is None and (few := few_merges(found[name], settings, options, rest, budget)) is not None:
             found[f"{name}, few merges"] = few
-        if len(settings) > 1:
+        if found[name].setting.option is not None:
             with suppress(InfeasibleBudget):
                 alone = solve_settings([AS_IT_IS], options, rest, budget, price, limit)
                 found[f"{name}, nothing through"] = Optimum(price, *alone)

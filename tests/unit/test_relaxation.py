@@ -5,15 +5,11 @@ from __future__ import annotations
 import itertools
 
 from hypothesis import given, settings, strategies as st
-from test_solve import Options, instances, total
+from test_solve import Options, instances, price, total
 
 from msa2conv.options import Option
 from msa2conv.search.relaxation import filled, worth_trying
 from msa2conv.search.solve import PRICES, solve
-
-
-def price(option: Option) -> float:
-    return option.score or 0.0
 
 
 @settings(max_examples=150, deadline=None)
