@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from .plan import Edit, Shorten, Wrap
+from .merging import rounds
+from .plan import Edit, Wrap
 
 
 def no_tensors() -> Mapping[str, Tensor]:
@@ -29,6 +30,7 @@ class Option:
     inner: of an option that merges tokens: what runs on them.
     starts_at: path of the site from which on the network runs otherwise; None: the option's own.
     tokens: how many its site sees, prefix tokens included; None: all.
+    rounds: how often tokens are compared and gathered in it, which takes time and hardly any FLOPs.
     """
 
     site: str
@@ -41,12 +43,7 @@ class Option:
     inner: Option | None = None
     starts_at: str | None = None
     tokens: int | None = None
-
-    @property
-    def merges(self) -> int:
-        """How often it has tokens merged, which takes time and hardly any FLOPs."""
-        through = sum(len(edit.spec.drops) for edit in self.edits if isinstance(edit, Shorten))
-        return through + sum(isinstance(edit, Wrap) for edit in self.edits)
+    rounds: int = 0
 
     def on(self, tokens: int) -> Option | None:
         """The same where its site sees so many tokens, prefix tokens included; None where it cannot run on them."""
@@ -69,4 +66,5 @@ class Option:
             }
 
         name = f"{self.name}@{wrap.spec.keep * wrap.spec.groups}"
-        return Option(self.site, name, flops, (*self.edits, wrap), tensors, score, inner=self)
+        times = len(rounds(wrap.spec.count, wrap.spec.keep))
+        return Option(self.site, name, flops, (*self.edits, wrap), tensors, score, inner=self, rounds=times)

@@ -19,8 +19,8 @@ from .report.figures import Promise, SiteCost
 from .report.inspection import Inspection
 from .search.calibration import Calibration
 from .search.frontier import frontier
-from .search.measure import OutputFn, agreement, average, distances, farther, outputs
-from .search.solve import diverse
+from .search.measure import OutputFn, agreement, distance, outputs
+from .search.solve import a_round, diverse
 from .settings import Limit
 from .sites import AttentionSite
 from .transforms.apply import apply, apply_edits, load_tensors
@@ -128,8 +128,7 @@ def choose_at(
 ) -> Choice:
     """Solve the budget exactly in several ways and keep the plan that does best on held-out images.
 
-    Merging takes time that FLOPs do not show: without a `limit`, a plan that merges tokens at most half as often as
-    the best is taken instead if it is no farther from the original than chance explains.
+    Merging takes time that FLOPs do not show: without a `limit`, every round of it counts as much as `a_round` says.
 
     Args:
         model: the original or a narrower network, float32, eval.
@@ -146,24 +145,21 @@ def choose_at(
     rest = calibration.costs.outside(options)
     found = diverse(options, rest, target, calibration.settings(), limit)
     net = lift(model, calibration.sites)
-    every_N: dict[str, Tensor] = {}
     means: dict[str, float] = {}
     agreements: dict[str, float | None] = {}
 
     def compare(name: str) -> None:
         with net.pinned(net.branches(found[name].choices)) as pinned:
             output = outputs(pinned, calibration.images, output_fn=output_fn)
-        every_N[name] = distances(calibration.reference.double(), output.double(), calibration.measure)
-        means[name] = average(every_N[name])
+        means[name] = distance(calibration.reference, output, calibration.measure)
         agreements[name] = agreement(calibration.reference, output) if calibration.measure == "kl" else None
 
     for name in track(list(found), "compare", progress):
         compare(name)
     best = min(means, key=means.__getitem__)
     if limit is None:  # a limit knows what merging takes
-        light = [name for name in found if 2 * found[name].merges <= found[best].merges]
-        as_close = [name for name in light if not farther(every_N[best], every_N[name])]
-        best = min(as_close, key=means.__getitem__, default=best)
+        each = a_round(means[best], found[best].rounds)
+        best = min(found, key=lambda name: means[name] + each * found[name].rounds)
     predicted = sum(option.score or 0.0 for option in found[best].choices.values())
     return Choice(found[best].choices, best, predicted, means, agreements[best])
 

@@ -19,12 +19,14 @@ class Setting:
         flops: multiply-adds that it adds outside all sites; may be negative.
         tokens: {site path: tokens that it sees, prefix tokens included}, where these are not all.
         option: called when the setting is used: what `apply` has to do; None for the network as it is.
+        rounds: how often tokens are compared and gathered in each step.
     """
 
     scores: tuple[float, ...] = ()
     flops: int = 0
     tokens: Mapping[str, int] = field(default_factory=dict)
     option: Callable[[], Option] | None = None
+    rounds: tuple[int, ...] = ()
 
 
 AS_IT_IS = Setting()

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..cost import CostModel
+from ..merging import rounds
 from ..options import Option
 from ..settings import Setting
 from ..sites import Claims, Site, StreamSite
@@ -115,6 +116,7 @@ class StreamRecord:
                         flops=self.costs.shortened(self.at, drops),
                         tokens=self.at.fewer(drops),
                         option=partial(self._option, drops),
+                        rounds=self._rounds(drops),
                     )
 
     def _increments(self, drops: tuple[Drop, ...]) -> Iterator[float]:
@@ -125,11 +127,17 @@ class StreamRecord:
             yield max(0.0, lost - known)
             before = drop.keep
 
+    def _rounds(self, drops: tuple[Drop, ...]) -> tuple[int, ...]:
+        counts = [self.at.stream.count, *(drop.keep for drop in drops)]
+        return tuple(len(rounds(count, keep)) for count, keep in pairwise(counts))
+
     def _option(self, drops: tuple[Drop, ...]) -> Option:
         first = next(attention for name, attention, _ in self.at.blocks if name == drops[0].block)
         score = sum(self._increments(drops)) if self.scores else None
-        flops = self.costs.shortened(self.at, drops)
-        return Option(self.at.path, _name(drops), flops, (self.at.edit(drops),), score=score, starts_at=first)
+        return Option(
+            self.at.path, _name(drops), self.costs.shortened(self.at, drops), (self.at.edit(drops),), score=score,
+            starts_at=first, rounds=sum(self._rounds(drops)),
+        )  # fmt: skip
 
 
 def _name(drops: Iterable[Drop]) -> str:

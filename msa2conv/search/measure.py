@@ -15,6 +15,7 @@ from ..observation import tensors_of
 Measure = Literal["kl", "relative"]
 OutputFn = Callable[[Any], Any]
 _BEYOND_CHANCE = 1.645  # standard errors: one-sided, 5 %
+NEGLIGIBLE = 1e-3  # a distance in nats, or of features: what no user sees is not worth time
 
 
 def default_measure(model: nn.Module, output: Tensor) -> Measure:
@@ -25,13 +26,12 @@ def default_measure(model: nn.Module, output: Tensor) -> Measure:
 
 
 def distance(reference: Tensor, output: Tensor, measure: Measure) -> float:
-    """Mean over images: KL(softmax(reference) || softmax(output)) (nats) or |output - reference|^2 / |reference|^2."""
-    return average(distances(reference.double(), output.double(), measure))
+    """Mean over images: KL(softmax(reference) || softmax(output)) (nats) or |output - reference|^2 / |reference|^2.
 
-
-def average(distances_N: Tensor) -> float:
-    """Their mean, infinite where one of them is not finite."""
-    return float(distances_N.mean()) if torch.isfinite(distances_N).all() else float("inf")
+    Infinite where that of one image is not finite.
+    """
+    found_N = distances(reference.double(), output.double(), measure)
+    return float(found_N.mean()) if torch.isfinite(found_N).all() else float("inf")
 
 
 def distances(reference: Tensor, output: Tensor, measure: Measure) -> Tensor:

@@ -9,6 +9,7 @@ Programming", 1998, section 7.4): the exact solver then has a handful of options
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import zip_longest
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +23,8 @@ _ROUNDING = 1e-9  # of a sum of prices
 
 def steps(setting: Setting, price: Callable[[Option], float]) -> float:
     """What the steps of a setting cost."""
-    return sum(price_of(score, price) for score in setting.scores)
-
-
-def price_of(score: float, price: Callable[[Option], float]) -> float:
-    """What an option of this score costs."""
-    return price(Option("", "", 0, score=score))
+    pairs = zip_longest(setting.scores, setting.rounds, fillvalue=0)
+    return sum(price(Option("", "", 0, score=score, rounds=int(rounds))) for score, rounds in pairs)
 
 
 def bounds(
@@ -152,4 +149,4 @@ def _improved(
         picked[index] = other
 
 
-__all__ = ["bounds", "filled", "price_of", "steps", "worth_trying"]
+__all__ = ["bounds", "filled", "steps", "worth_trying"]

@@ -12,11 +12,12 @@ import numpy as np
 from ..errors import InfeasibleBudget
 from ..options import Option
 from ..settings import AS_IT_IS, Limit, Options, Setting, inside, least_flops, on_tokens
+from .measure import NEGLIGIBLE
 from .relaxation import bounds, filled, steps, worth_trying
 
 Choices = dict[str, Option]
 _FINE = 1e-3  # gap of the optimum under a limit: what is measured is not known better
-MERGE = 0.05  # of what an optimum costs: the price of a merge inside a site where few are wanted
+ROUND = 0.05  # of what is lost: less than what asking for as much less time by FLOPs costs on a ViT-Ti
 
 
 def solve(
@@ -161,32 +162,43 @@ class Optimum:
         return {option.site: option} | self.sites
 
     @property
-    def merges(self) -> int:
-        """How often tokens are merged, inside sites and through the network."""
-        return sum(option.merges for option in self.choices.values())
+    def rounds(self) -> int:
+        """How often tokens are compared and gathered, inside sites and through the network."""
+        return sum(option.rounds for option in self.choices.values())
 
 
 def few_merges(
     optimum: Optimum, settings: Iterable[Setting], options: Options, rest: int, budget: int
 ) -> Optimum | None:
-    """The optimum where every merge inside a site costs `MERGE` of what this one costs in sum.
+    """The optimum where every round of merging has its price.
 
-    Comparing and gathering tokens takes time but hardly any FLOPs. Whether what merges less is as good, only the whole
-    network can tell.
+    Whether what merges less is as good, only the whole network can tell.
 
     Args:
         optimum: what `solve_settings` found.
         settings, options, rest, budget: those it was found with.
 
     Returns:
-        None where nothing merges inside a site.
+        None where nothing merges.
     """
-    price, choices = optimum.price, optimum.sites
-    if not any(option.merges for option in choices.values()):
+    if not optimum.rounds:
         return None
-    each = MERGE * (steps(optimum.setting, price) + sum(map(price, choices.values())))
-    dearer = solve_settings(settings, options, rest, budget, lambda option: price(option) + each * option.merges)
+    price = optimum.price
+    cost = steps(optimum.setting, price) + sum(map(price, optimum.sites.values()))
+    each = a_round(cost, optimum.rounds, price(Option("", "", 0, score=NEGLIGIBLE)))
+    dearer = solve_settings(settings, options, rest, budget, lambda option: price(option) + each * option.rounds)
     return Optimum(price, *dearer)
+
+
+def a_round(lost: float, rounds: int, least: float = NEGLIGIBLE) -> float:
+    """What a round of merging costs beside FLOPs: comparing and gathering tokens takes time, but hardly any of them.
+
+    Args:
+        lost: in the network that loses least.
+        rounds: of that network, which cost `least` in sum at least: where merging comes at nearly no loss, the least
+            of it is no reason to merge.
+    """
+    return max(ROUND * lost, least / max(1, rounds))
 
 
 def _undominated(group: Sequence[Option], price: Callable[[Option], float], limit: Limit | None = None) -> list[Option]:

@@ -61,7 +61,7 @@ def test_a_setting_costs_what_is_counted(model: nn.Module, record: StreamRecord)
         saved = sum(hosts[path].flops - hosts[path].on(count).flops for path, count in setting.tokens.items())  # type: ignore[union-attr]
         with hybrid.pinned({option.site: hybrid.branch(option)}) as pinned:
             assert count_flops(pinned, images(1)) == base + setting.flops - saved
-        assert setting.flops == option.flops
+        assert setting.flops == option.flops and sum(setting.rounds) == option.rounds > 0
 
 
 def test_a_further_drop_is_charged_with_what_it_adds(record: StreamRecord) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import random
 
@@ -13,10 +14,10 @@ from hypothesis import given, settings, strategies as st
 from msa2conv import planning
 from msa2conv.errors import InfeasibleBudget
 from msa2conv.options import Option
-from msa2conv.plan import Shorten, Wrap
-from msa2conv.search.solve import MERGE, PRICES, Optimum, diverse, few_merges, solve, solve_settings
+from msa2conv.search import solve as solve_module
+from msa2conv.search.measure import NEGLIGIBLE
+from msa2conv.search.solve import PRICES, ROUND, Optimum, a_round, diverse, few_merges, solve, solve_settings
 from msa2conv.settings import AS_IT_IS, Limit, Setting, least_flops
-from msa2conv.stream import Drop, Stream
 
 Options = dict[str, list[Option]]
 
@@ -115,23 +116,22 @@ def test_prices_disagree_and_duplicates_are_dropped() -> None:
 @given(instances(), st.randoms(use_true_random=False))
 def test_the_optimum_of_few_merges_is_brute_forces(instance: tuple[Options, int, int], draw: random.Random) -> None:
     options, rest, budget = instance
-    wrap = Wrap.model_construct()
     options = {
-        site: [dataclasses.replace(option, edits=(wrap,) * draw.randint(0, 1)) for option in group]
+        site: [dataclasses.replace(option, rounds=draw.randint(0, 3)) for option in group]
         for site, group in options.items()
     }
     best = Optimum(price, AS_IT_IS, solve(options, rest, budget))
     found = few_merges(best, [AS_IT_IS], options, rest, budget)
-    if best.merges == 0:
+    if best.rounds == 0:
         assert found is None
         return
     assert found is not None and list(found.sites) == list(options) and total(found.sites, rest) <= budget
-    each = MERGE * sum(map(price, best.sites.values()))
+    each = a_round(sum(map(price, best.sites.values())), best.rounds)
     dearer = {
-        site: [dataclasses.replace(o, score=price(o) + each * o.merges) for o in group]
+        site: [dataclasses.replace(o, score=price(o) + each * o.rounds) for o in group]
         for site, group in options.items()
     }
-    cost = sum(price(option) + each * option.merges for option in found.sites.values())
+    cost = sum(price(option) + each * option.rounds for option in found.sites.values())
     assert cost == pytest.approx(brute_force(dearer, rest, budget), abs=1e-5)
 
 
@@ -139,46 +139,76 @@ def price(option: Option) -> float:
     return option.score or 0.0
 
 
-@pytest.mark.parametrize(("more", "few"), [(0.9 * MERGE, "half"), (1.1 * MERGE, None)])
-def test_a_merge_has_to_be_worth_it(more: float, few: str | None) -> None:
+def test_a_round_costs_a_share_of_what_is_lost_and_all_together_what_nobody_sees() -> None:
+    assert a_round(1.0, 4) == ROUND and a_round(1.0, 0) == ROUND
+    assert a_round(0.0, 4) == NEGLIGIBLE / 4 and a_round(0.0, 0) == NEGLIGIBLE
+    assert a_round(0.0, 4, least=2.0) == 0.5
+
+
+MERGED = Option("b", "host@8", 50, score=1.0, rounds=2)
+
+
+@pytest.mark.parametrize(("more", "few"), [(1.9 * ROUND, "half"), (2.1 * ROUND, None)])
+def test_a_merge_has_to_be_worth_its_rounds(more: float, few: str | None) -> None:
     """What merges less is offered where it is dearer by at most a share of the optimum; with a limit it is not."""
-    merged = Option("b", "host@8", 50, edits=(Wrap.model_construct(),), score=1.0)
     half = Option("b", "half", 50, score=1.0 + more)
-    options = {"a": [Option("a", "host", 100, score=0.0)], "b": [Option("b", "host", 100, score=0.0), half, merged]}
+    options = {"a": [Option("a", "host", 100, score=0.0)], "b": [Option("b", "host", 100, score=0.0), half, MERGED]}
     found = diverse(options, 0, 150)
-    assert found["additive"].sites["b"] == merged and found["additive"].merges == 1
+    assert found["additive"].sites["b"] == MERGED and found["additive"].rounds == 2
     offered = found.get("additive, few merges")
-    assert (offered and offered.sites["b"].name) == few and (offered is None or offered.merges == 0)
+    assert (offered and offered.sites["b"].name) == few and (offered is None or offered.rounds == 0)
     timed = diverse(options, 0, 150, limit=Limit(lambda option: 1.0, lambda setting: 0.0, 0.0, 9.0))
     assert not any("few" in name for name in timed)
 
 
-def test_merges_through_the_network_count() -> None:
-    stream = Stream.model_construct(drops=(Drop(block="0", keep=9), Drop(block="2", keep=4)))
-    through = Option("blocks", "9 from 0, 4 from 2", 0, edits=(Shorten.model_construct(path="blocks", spec=stream),))
-    sites = {"a": Option("a", "host@8", 50, edits=(Wrap.model_construct(),), score=1.0)}
-    assert through.merges == 2 and Optimum(price, Setting(option=lambda: through), sites).merges == 3
+@pytest.mark.parametrize(("more", "few"), [(0.9 * NEGLIGIBLE, "half"), (1.1 * NEGLIGIBLE, None)])
+@pytest.mark.parametrize("name", PRICES)
+def test_nothing_merges_for_what_nobody_sees(name: str, more: float, few: str | None) -> None:
+    merged = dataclasses.replace(MERGED, score=0.0)
+    host, half = Option("b", "host", 100, score=0.0), Option("b", "half", 50, score=more)
+    best = Optimum(PRICES[name], AS_IT_IS, {"b": merged})
+    found = few_merges(best, [AS_IT_IS], {"b": [host, half, merged]}, 0, 50)
+    assert found is not None and found.sites["b"].name == (few or "host@8")
 
 
-@pytest.mark.parametrize(
-    ("many", "few", "close", "taken"),
-    [(4, 2, True, "few"), (4, 3, True, "many"), (4, 2, False, "many"), (4, 0, True, "few"), (0, 0, True, "many")],
-)
+@pytest.mark.parametrize(("more", "few"), [(1.9 * ROUND, True), (2.1 * ROUND, False)])
+def test_merging_through_the_network_has_to_be_worth_its_rounds(more: float, few: bool) -> None:
+    host = Option("a", "host", 100, score=0.0, flops_on=lambda tokens: 10 * tokens)
+    half = Option("a", "half", 50, score=1.0 + more)
+    through = Setting((1.0,), 0, {"a": 5}, lambda: Option("net", "5 from 0", 0, rounds=2), rounds=(2,))
+    known, options = [AS_IT_IS, through], {"a": [host, half]}
+    best = Optimum(price, *solve_settings(known, options, 0, 50))
+    assert best.setting is through and best.rounds == 2
+    found = few_merges(best, known, options, 0, 50)
+    assert found is not None and (found.setting is AS_IT_IS) == few
+
+
+@pytest.mark.parametrize("share", [0.9, 1.1])
 @pytest.mark.parametrize("timed", [False, True])
-def test_half_the_merges_are_taken_where_the_network_is_as_close(
-    many: int, few: int, close: bool, taken: str, timed: bool, vit: Case, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("negligible", [False, True])
+def test_the_network_as_a_whole_has_to_be_worth_its_rounds(
+    share: float, timed: bool, negligible: bool, vit: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hosts = {path: next(option for option in group if not option.edits) for path, group in vit.options.items()}
-    other = hosts if close else {path: option_named(vit, path, "skip") for path in hosts}
-    found = {"many": Counted(price, AS_IT_IS, hosts, many), "few": Counted(price, AS_IT_IS, other, few)}
+    """Of a plan that is nearer and one that merges less, by what a round costs; a limit knows what merging takes."""
+    cuts = [
+        {path: cut if number < many else host for number, (path, (host, *_, cut)) in enumerate(vit.options.items())}
+        for many in (1, 2)
+    ]
+    found = {
+        name: Counted(price, AS_IT_IS, cut, rounds)
+        for name, cut, rounds in zip(("near", "few"), cuts, (5, 2), strict=True)
+    }
     monkeypatch.setattr(planning, "diverse", lambda *_: found)
     limit = Limit(lambda option: 0.0, lambda setting: 0.0, 0.0, 1.0) if timed else None
-    choice = planning.choose_at(vit.work, vit.calibration, vit.seen.costs.base, progress=False, limit=limit)
-    assert choice.price == ("many" if timed else taken) and set(choice.distances) == {"many", "few"}
-
-
-def option_named(case: Case, path: str, name: str) -> Option:
-    return next((option for option in case.options[path] if option.name == name), case.options[path][0])
+    choose_at = functools.partial(
+        planning.choose_at, vit.work, vit.calibration, vit.seen.costs.base, progress=False, limit=limit
+    )
+    near, few = choose_at().distances.values()
+    assert 0 < near < few
+    each = (few - near) / (5 - 2) / share
+    monkeypatch.setattr(solve_module, "ROUND", 0.0 if negligible else each / near)
+    monkeypatch.setattr(planning, "a_round", functools.partial(a_round, least=5 * each if negligible else 0.0))
+    assert choose_at().price == ("near" if timed or share > 1 else "few")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +218,7 @@ class Counted(Optimum):
     count: int = 0
 
     @property
-    def merges(self) -> int:
+    def rounds(self) -> int:
         return self.count
 
 
@@ -212,8 +242,9 @@ def several(draw: st.DrawFn) -> tuple[Options, list[Setting], int, int]:
     for number in range(draw(st.integers(0, 3))):
         sites = draw(st.lists(st.sampled_from(sorted(options)), unique=True))
         scores = draw(st.lists(st.integers(0, 256).map(lambda value: value / 64), max_size=2))
-        own = Option("net", str(number), 0)
-        found.append(Setting(tuple(scores), draw(st.integers(-5, 5)), dict.fromkeys(sites, 5), lambda own=own: own))
+        rounds = tuple(draw(st.integers(1, 3)) for _ in scores)
+        own, flops = Option("net", str(number), 0, rounds=sum(rounds)), draw(st.integers(-5, 5))
+        found.append(Setting(tuple(scores), flops, dict.fromkeys(sites, 5), lambda own=own: own, rounds))
     return on_tokens, found, rest + 5, budget + 5
 
 
@@ -226,11 +257,19 @@ def inside_by_hand(options: Options, setting: Setting) -> Options:
 
 
 @settings(max_examples=80, deadline=None)
-@given(several(), st.sampled_from(sorted(PRICES)))
-def test_the_best_setting_is_brute_forces(instance: tuple[Options, list[Setting], int, int], name: str) -> None:
+@given(several(), st.sampled_from(sorted(PRICES)), st.sampled_from([0.0, 0.5]))
+def test_the_best_setting_is_brute_forces(
+    instance: tuple[Options, list[Setting], int, int], name: str, each: float
+) -> None:
     """Over all settings that can use the budget: those that cannot are not worth a bound of their own."""
     options, known, rest, budget = instance
-    price = PRICES[name]
+
+    def price(option: Option) -> float:
+        return PRICES[name](option) + each * option.rounds
+
+    def steps(setting: Setting) -> float:
+        scores = sum(PRICES[name](Option("", "", 0, score=score)) for score in setting.scores)
+        return scores + each * sum(setting.rounds)
 
     def best(setting: Setting) -> float | None:
         plans = [
@@ -241,14 +280,12 @@ def test_the_best_setting_is_brute_forces(instance: tuple[Options, list[Setting]
             return None
         within = [plan for plan in plans if plan[0] <= budget]
         tight = [plan for plan in within if 100 * plan[0] >= 99 * budget]
-        steps = sum(price(Option("", "", 0, score=score)) for score in setting.scores)
-        return steps + min(worth for _, worth in tight or within) if within else None
+        return steps(setting) + min(worth for _, worth in tight or within) if within else None
 
     expected = [found for setting in known if (found := best(setting)) is not None]
     setting, choices = solve_settings(known, options, rest, budget, price)
-    steps = sum(price(Option("", "", 0, score=score)) for score in setting.scores)
     assert rest + setting.flops + total(choices) <= budget
-    assert steps + sum(map(price, choices.values())) == pytest.approx(min(expected), abs=1e-5)
+    assert steps(setting) + sum(map(price, choices.values())) == pytest.approx(min(expected), abs=1e-5)
 
 
 def test_no_setting_reaches_a_budget_below_all_floors() -> None:
