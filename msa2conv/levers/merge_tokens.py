@@ -39,7 +39,7 @@ class MergeTokens(BaseModel, Alone):
 
     name: Literal["merge_tokens"] = "merge_tokens"
     keep: Fractions = (0.75, 0.5, 0.35, 0.2, 0.1)
-    drops: int = Field(default=3, ge=1, le=6)
+    drops: int = Field(default=4, ge=1, le=6)
 
     def applies(self, site: Site) -> bool:
         return False  # to no single one
