@@ -12,10 +12,12 @@ from models import images, same, vit
 from torch import nn
 
 import msa2conv
-from msa2conv import Calibration, Conversion, MergeTokens, Stage
+from msa2conv import Calibration, Conversion, MergeInSite, MergeTokens, Stage
 from msa2conv.cost import count_flops
 from msa2conv.levers import DEFAULT, floor, resolve_levers
+from msa2conv.levers.base import host_option
 from msa2conv.levers.merge_tokens import StreamRecord
+from msa2conv.merging import Merged
 from msa2conv.plan import Shorten
 from msa2conv.stream import Drop, MergedStream
 from msa2conv.train.lessons import changed
@@ -71,6 +73,24 @@ def test_a_further_drop_is_charged_with_what_it_adds(record: StreamRecord) -> No
     assert found["6 from 0"] == (0.9,)
     assert found["11 from 0, 6 from 1"] == pytest.approx((0.2, 0.3))
     assert found["11 from 0, 6 from 2"] == pytest.approx((0.2, 0.0)), "never less than nothing"
+
+
+def test_rounds_are_those_that_run(model: nn.Module, record: StreamRecord) -> None:
+    seen = msa2conv.inspect(model)
+    through = [setting.option() for setting in record.settings() if setting.option]
+    inside = [
+        option
+        for site in seen.claims.sites
+        for option in MergeInSite().around(host_option(site, seen.costs), site, seen.costs)
+    ]
+    assert {option.rounds for option in through} >= {1, 3} and {option.rounds for option in inside} >= {1, 2}
+    for option in (*through, *inside):
+        hybrid = copy.deepcopy(model)
+        apply_edits(hybrid, option.edits)
+        found = [len(module.schedule) for module in hybrid.modules() if isinstance(module, Merged)]
+        if isinstance(hybrid.blocks, MergedStream):
+            found += map(len, hybrid.blocks.schedules.values())
+        assert option.rounds == sum(found)
 
 
 def test_a_conversion_merges_and_every_law_holds(model: nn.Module, result: Conversion) -> None:
