@@ -154,7 +154,13 @@ def rounds(count: int, keep: int) -> list[Round]:
     return found
 
 
-@cache  # asked for by every setting of a network
+@cache  # asked for by every setting of a network, like the next
+def round_count(count: int, keep: int) -> int:
+    """In how many rounds `keep` of `count` are left."""
+    return len(rounds(count, keep))
+
+
+@cache
 def comparisons(count: int, keep: int) -> int:
     """How many pairs of tokens are compared until `keep` of `count` are left."""
     return sum(-(-left // 2) * (left // 2) for left, _ in rounds(count, keep))

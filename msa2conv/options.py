@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from .merging import rounds
+from .merging import round_count
 from .plan import Edit, Wrap
 
 
@@ -66,5 +66,5 @@ class Option:
             }
 
         name = f"{self.name}@{wrap.spec.keep * wrap.spec.groups}"
-        times = len(rounds(wrap.spec.count, wrap.spec.keep))
-        return Option(self.site, name, flops, (*self.edits, wrap), tensors, score, inner=self, rounds=times)
+        rounds = round_count(wrap.spec.count, wrap.spec.keep)
+        return Option(self.site, name, flops, (*self.edits, wrap), tensors, score, inner=self, rounds=rounds)

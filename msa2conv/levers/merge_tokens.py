@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..cost import CostModel
-from ..merging import rounds
+from ..merging import round_count
 from ..options import Option
 from ..settings import Setting
 from ..sites import Claims, Site, StreamSite
@@ -30,6 +30,8 @@ class MergeTokens(BaseModel, Alone):
     Args:
         keep: fractions of the patches that may be left.
         drops: behind how many attentions of the network tokens may merge at most.
+        places: among how many attentions these are chosen, spread evenly from the first to the last; all that there are
+            of fewer. Every further one multiplies what has to be compared.
 
     Example:
         convert(model, 0.6, levers=("mixer", "ffn", "merge_in_site", MergeTokens(drops=2)))
@@ -40,6 +42,7 @@ class MergeTokens(BaseModel, Alone):
     name: Literal["merge_tokens"] = "merge_tokens"
     keep: Fractions = (0.75, 0.5, 0.35, 0.2, 0.1)
     drops: int = Field(default=4, ge=1, le=6)
+    places: int = Field(default=12, ge=2, le=48)
 
     def applies(self, site: Site) -> bool:
         return False  # to no single one
@@ -52,6 +55,12 @@ class MergeTokens(BaseModel, Alone):
         """How many patches (of a group) may be left, descending."""
         count = stream.stream.count
         return sorted({max(1, round(fraction * count)) for fraction in self.keep} - {count}, reverse=True)
+
+    def blocks(self, stream: StreamSite) -> list[str]:
+        """Names of the blocks behind whose attentions tokens may merge, in order."""
+        names = [name for name, _, _ in stream.blocks]
+        gaps = min(self.places, len(names)) - 1
+        return [names[(2 * i * (len(names) - 1) + gaps) // (2 * gaps)] for i in range(gaps + 1)] if gaps else names
 
 
 @dataclass(frozen=True)
@@ -92,8 +101,8 @@ class StreamRecord:
 
     def to_measure(self) -> list[Option]:
         """Every single drop: many of them at one block tell what a second drop adds to a first one."""
-        names = [name for name, _, _ in self.at.blocks]
-        return [self._option((Drop(block=name, keep=k),)) for name in names for k in self.lever.counts(self.at)]
+        names, counts = self.lever.blocks(self.at), self.lever.counts(self.at)
+        return [self._option((Drop(block=name, keep=k),)) for name in names for k in counts]
 
     def with_scores(self, scores: Mapping[str, float]) -> StreamRecord:
         """A copy that holds the measured {option name: score}."""
@@ -105,7 +114,7 @@ class StreamRecord:
 
         A further drop is charged with what its number of tokens costs at its block, less what is lost already there.
         """
-        names, counts = [name for name, _, _ in self.at.blocks], self.lever.counts(self.at)
+        names, counts = self.lever.blocks(self.at), self.lever.counts(self.at)
         single = {(name, k): Drop(block=name, keep=k) for name in names for k in counts}
         for many in range(1, min(self.lever.drops, len(counts), len(names)) + 1):
             for blocks in combinations(names, many):
@@ -129,7 +138,7 @@ class StreamRecord:
 
     def _rounds(self, drops: tuple[Drop, ...]) -> tuple[int, ...]:
         counts = [self.at.stream.count, *(drop.keep for drop in drops)]
-        return tuple(len(rounds(count, keep)) for count, keep in pairwise(counts))
+        return tuple(round_count(count, keep) for count, keep in pairwise(counts))
 
     def _option(self, drops: tuple[Drop, ...]) -> Option:
         first = next(attention for name, attention, _ in self.at.blocks if name == drops[0].block)

@@ -53,6 +53,17 @@ def test_every_sequence_of_drops_is_offered(record: StreamRecord) -> None:
     assert [option.name for option in record.to_measure()] == single
 
 
+@pytest.mark.parametrize(
+    ("depth", "places", "blocks"),
+    [(5, 12, [0, 1, 2, 3, 4]), (5, 3, [0, 2, 4]), (5, 2, [0, 4]), (6, 4, [0, 2, 3, 5]), (1, 12, [0])],
+)
+def test_in_deep_networks_places_are_spread(depth: int, places: int, blocks: list[int]) -> None:
+    seen = msa2conv.inspect(vit(depth=depth))
+    found = MergeTokens(keep=(0.5,), drops=1, places=places).record(seen.claims, seen.costs)
+    assert found is not None
+    assert [option.name for option in found.to_measure()] == [f"8 from {block}" for block in blocks]
+
+
 def test_a_setting_costs_what_is_counted(model: nn.Module, record: StreamRecord) -> None:
     base = record.costs.base
     for setting in record.settings():
