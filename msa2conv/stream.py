@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice, pairwise, takewhile
@@ -72,6 +72,15 @@ class Drop(Spec):
     keep: Width
 
 
+def transitions(count: int, drops: Iterable[Drop]) -> list[tuple[int, int]]:
+    """(patches before, patches after) of every drop.
+
+    Args:
+        count: patches at first.
+    """
+    return list(pairwise([count, *(drop.keep for drop in drops)]))
+
+
 class Stream(Spec):
     """How a sequence of blocks runs on fewer and fewer tokens.
 
@@ -94,8 +103,8 @@ class Stream(Spec):
 
     @model_validator(mode="after")
     def _fewer(self) -> Stream:
-        counts = [self.count, *(drop.keep for drop in self.drops)]
-        if any(after >= before for before, after in pairwise(counts)):
+        if any(after >= before for before, after in transitions(self.count, self.drops)):
+            counts = [self.count, *(drop.keep for drop in self.drops)]
             raise ValueError(f"every drop must leave fewer patches than there were: {counts}")
         return self
 
@@ -129,8 +138,8 @@ class MergedStream(nn.Module):
         self._modules.update(blocks._modules)
         self.spec = spec
         self.one_step = not isinstance(blocks, nn.Sequential)
-        counts = (spec.count, *(drop.keep for drop in spec.drops))
-        self.schedules = {drop.block: rounds(count, drop.keep) for drop, count in zip(spec.drops, counts, strict=False)}
+        pairs = zip(spec.drops, transitions(spec.count, spec.drops), strict=True)
+        self.schedules = {drop.block: rounds(*pair) for drop, pair in pairs}
         self.watch: Watch | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -312,4 +321,4 @@ def _spread(merges: Sequence[Fewer], answers_BKC: Tensor) -> Tensor:
     return answers_BKC
 
 
-__all__ = ["Drop", "Line", "MergedStream", "Step", "Stream"]
+__all__ = ["Drop", "Line", "MergedStream", "Step", "Stream", "transitions"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import combinations, pairwise
+from itertools import combinations
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -20,7 +20,7 @@ from ..merging import round_count
 from ..options import Option
 from ..settings import Setting
 from ..sites import Claims, Site, StreamSite
-from ..stream import Drop
+from ..stream import Drop, transitions
 from .base import Alone, Fractions, host_option
 
 
@@ -137,8 +137,7 @@ class StreamRecord:
             before = drop.keep
 
     def _rounds(self, drops: tuple[Drop, ...]) -> tuple[int, ...]:
-        counts = [self.at.stream.count, *(drop.keep for drop in drops)]
-        return tuple(round_count(count, keep) for count, keep in pairwise(counts))
+        return tuple(round_count(*pair) for pair in transitions(self.at.stream.count, drops))
 
     def _option(self, drops: tuple[Drop, ...]) -> Option:
         first = next(attention for name, attention, _ in self.at.blocks if name == drops[0].block)

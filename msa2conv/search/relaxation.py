@@ -24,7 +24,12 @@ _ROUNDING = 1e-9  # of a sum of prices
 def steps(setting: Setting, price: Callable[[Option], float]) -> float:
     """What the steps of a setting cost."""
     pairs = zip_longest(setting.scores, setting.rounds, fillvalue=0)
-    return sum(price(Option("", "", 0, score=score, rounds=int(rounds))) for score, rounds in pairs)
+    return sum(price_of(score, price, int(rounds)) for score, rounds in pairs)
+
+
+def price_of(score: float, price: Callable[[Option], float], rounds: int = 0) -> float:
+    """What an option of this score and so many rounds of merging costs."""
+    return price(Option("", "", 0, score=score, rounds=rounds))
 
 
 def bounds(
@@ -149,4 +154,4 @@ def _improved(
         picked[index] = other
 
 
-__all__ = ["bounds", "filled", "steps", "worth_trying"]
+__all__ = ["bounds", "filled", "price_of", "steps", "worth_trying"]

@@ -13,7 +13,7 @@ from ..errors import InfeasibleBudget
 from ..options import Option
 from ..settings import AS_IT_IS, Limit, Options, Setting, inside, least_flops, on_tokens
 from .measure import NEGLIGIBLE
-from .relaxation import bounds, filled, steps, worth_trying
+from .relaxation import bounds, filled, price_of, steps, worth_trying
 
 Choices = dict[str, Option]
 _FINE = 1e-3  # gap of the optimum under a limit: what is measured is not known better
@@ -185,7 +185,7 @@ def few_merges(
         return None
     price = optimum.price
     cost = steps(optimum.setting, price) + sum(map(price, optimum.sites.values()))
-    each = a_round(cost, optimum.rounds, price(Option("", "", 0, score=NEGLIGIBLE)))
+    each = a_round(cost, optimum.rounds, price_of(NEGLIGIBLE, price))
     dearer = solve_settings(settings, options, rest, budget, lambda option: price(option) + each * option.rounds)
     return Optimum(price, *dearer)
 

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 
@@ -19,6 +18,7 @@ from ..files import write_text
 from ..options import Option
 from ..plan import Shorten
 from ..settings import Limit, Setting
+from ..stream import transitions
 
 MERGING = "merging through the network"
 _LEAST = 0.1  # of the time by itself: what is measured as a difference may be off
@@ -181,7 +181,7 @@ def steps(merged: Option) -> list[tuple[int, int]]:
     """(patches before, patches after) of every drop."""
     (edit,) = merged.edits
     assert isinstance(edit, Shorten)
-    return list(pairwise([edit.spec.count, *(drop.keep for drop in edit.spec.drops)]))
+    return transitions(edit.spec.count, edit.spec.drops)
 
 
 __all__ = ["SiteTimes", "Timetable", "described", "steps"]
