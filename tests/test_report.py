@@ -135,6 +135,11 @@ def test_a_training_shows_its_curves(result: msa2conv.Conversion, tmp_path: Path
     assert (tmp_path / "figures" / "training.png").is_file() and (tmp_path / "figures" / "search.png").is_file()
 
 
+def test_a_training_says_how_many_processes_at_which_precision() -> None:
+    assert "8 images/s on 1 process (float32), 1 s" in str(_training())
+    assert "8 images/s on 2 processes (bf16), 1 s" in str(_training(processes=2, precision="bf16"))
+
+
 def test_a_gate_search_tells_its_sites_and_its_curve() -> None:
     batches = [(images(), torch.randint(0, 10, (len(images()),)))] * 2
     found = msa2conv.convert(vit(), 0.7, data=batches, search="gates", progress=False)

@@ -55,9 +55,10 @@ class Training(BaseModel):
             what += f" (at most {self.max_steps} steps of each)"
         teachers = [name for name, there in (("labels", self.labels), (self.teacher, self.teacher != "none")) if there]
         lines = [f"fine-tuned: epochs {what}, {count}; taught by {' and '.join(teachers)}"]
+        precision = "float32" if self.precision == "no" else self.precision  # as accelerate calls it
         lines.append(
             f"{self.images_per_second:,.0f} images/s on {self.processes} "
-            f"process{'es' if self.processes > 1 else ''} ({self.precision}), {self.seconds:,.0f} s"
+            f"process{'es' if self.processes > 1 else ''} ({precision}), {self.seconds:,.0f} s"
         )
         for line in self.validations:
             kept = self.best is not None and (line["stage"], line["epoch"]) == (self.best["stage"], self.best["epoch"])
