@@ -488,14 +488,34 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_row_far_below_the_others_does_not_press_them_together() -> None:
-    for last, below in ((84.0, ""), (40.0, "some below: bad")):
-        heights = {"one": 86.0, "two": 85.5, "three": 85.0, "four": 84.5, "bad": last}
-        rows: Any = [SimpleNamespace(method=m, final=SimpleNamespace(mean=top1)) for m, top1 in heights.items()]
-        axis = Figure().subplots()
-        axis.plot(list(heights.values()))
-        plots._leave_out_what_is_far_below(axis, rows)
-        assert [text.get_text() for text in axis.texts] == ([below] if below else [])
-        assert axis.get_ylim()[0] > 80 and axis.get_ylim()[0] < 84.5
+    axis = Figure().subplots()
+    heights = [86.2, 85.5, 85.0, 84.5, 40.0]
+    axis.plot(heights)
+    plots._stretch(axis, heights)
+    low, *_, fourth, third, second, best = axis.transData.transform([(0, y) for y in sorted([0.0, *heights])])[:, 1]
+    assert best - fourth > 0.2 * (best - low) and best - second > second - third, "the best have room"
+    assert [label.get_text() for label in axis.get_yticklabels()] == [
+        "86",
+        "85",
+        "84",
+        "83",
+        "81",
+        "78",
+        "74",
+        "66",
+        "56",
+    ]
+
+
+def test_rivals_are_listed_and_shaded_by_rank() -> None:
+    heights = {"ours": 80.0, "bad": 60.0, "good": 86.0, "dense": 87.0, "ours-gates": 70.0, "middling": 84.0}
+    rows: Any = [SimpleNamespace(method=m, final=SimpleNamespace(mean=top1)) for m, top1 in heights.items()]
+    styles = plots._styles(rows)
+    assert {method: style["color"] for method, style in styles.items()} == {
+        "ours": "C0", "ours-gates": "C1", "good": "0.000", "middling": "0.375", "bad": "0.750",
+    }  # fmt: skip
+    assert list(styles) == ["ours", "ours-gates", "good", "middling", "bad"]
+    assert len({style["marker"] for style in styles.values()}) == 5
 
 
 def test_a_league_ranks_who_ran_everything_and_marks_what_noise_may_have_put_second() -> None:

@@ -19,8 +19,8 @@ _MARKED = re.compile(r"(<!-- league: (\w+)(?:/(\w+))? -->\n).*?(<!-- end -->)", 
 HEAD = """\
 Top-1 in percent on test images, mean ± standard deviation over seeds where there are several: before any training, and
 after the same fine-tuning for all. KL: to the parent's answers, nats. FLOPs and time (of a forward
-pass, in turn with the parent's) as shares of the parent's. `dense` is the parent, fine-tuned as the others. Rules,
-methods and how to repeat a row: [README](README.md).
+pass, in turn with the parent's) as shares of the parent's; seconds of converting and training on whatever machine a run
+had. `dense` is the parent, fine-tuned as the others. Rules, methods and how to repeat a row: [README](README.md).
 """
 
 LEAGUES = (

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from msa2conv.errors import MissingDependency
@@ -19,6 +22,10 @@ from .tables import Row, rows_of
 
 _KEY = "Description"
 _OURS = "ours"  # what its names start with: drawn in colour, the others in grey tones
+_COLOURS = "012345689"  # of matplotlib's cycle; 7 is grey, as rivals are
+_MARKERS = "os^vD<>pPXhd*"
+_ABOVE = 0.5  # points above the best that are shown, for error bars
+_BEHIND = (0, 1, 2, 3, 5, 8, 12, 20, 30, 50, 80)  # points behind the best: where the scale has its marks
 
 
 def digest(results: Sequence[Result]) -> str:
@@ -69,47 +76,58 @@ def _pyplot() -> Any:
     return plt
 
 
-def _style(method: str, index: int) -> dict[str, Any]:
-    marker = "os^vD<>pPXhd*"[index % 13]
-    if method.startswith(_OURS):
-        colours = "012345689"  # of matplotlib's cycle; 7 is grey, as rivals are
-        return {"marker": marker, "color": f"C{colours[index % 9]}", "lw": 2, "zorder": 3}
-    grey = 0.35 + 0.4 * (index % 7) / 6
-    return {"marker": marker, "color": (grey, grey, grey), "lw": 0.8, "ls": "--", "ms": 4}
-
-
 def _accuracy(plt: Any, rows: Sequence[Row]) -> Any:
     """Top-1 with all training over FLOPs, time of single images and of batches, with error bars over seeds."""
     figure, axes = plt.subplots(1, 3, figsize=(15, 5.2), sharey=True, layout="constrained")
-    methods = sorted({row.method for row in rows} - {DENSE}, key=lambda m: (not m.startswith(_OURS), m))
     dense = [row for row in rows if row.method == DENSE]
-    for index, method in enumerate(methods):
+    for method, style in _styles(rows).items():
         own = sorted((row for row in rows if row.method == method), key=lambda row: row.budget)
         places = ([row.kept.mean for row in own], *([row.speed(batch).mean for row in own] for batch in (1, 32)))
         errors = [row.final.deviation or 0.0 for row in own]
         for axis, x in zip(axes, places, strict=True):
             y = [row.final.mean for row in own]
-            axis.errorbar(x, y, errors, label=method, capsize=2, **_style(method, index))
+            axis.errorbar(x, y, errors, label=method, capsize=2, **style)
     labels = ("share of the parent's FLOPs", "time of one image / parent's", "time of 32 images / parent's")
     for axis, label in zip(axes, labels, strict=True):
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
         for row in dense:
             axis.axhline(row.final.mean, color="black", lw=0.8, ls=":")
-    axes[0].set_ylabel("top-1, %")
-    _leave_out_what_is_far_below(axes[0], rows)
+    axes[0].set_ylabel("top-1, %, logarithmic in what is lost")
+    _stretch(axes[0], [row.final.mean for row in rows])
     axes[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 
-def _leave_out_what_is_far_below(axis: Any, rows: Sequence[Row]) -> None:
-    """A row far below the others would press them into one line: it is named instead."""
-    heights = sorted((row.final.mean for row in rows), reverse=True)
-    floor = heights[0] - 2.5 * max(heights[0] - heights[3 * len(heights) // 4], 1.0)
-    below = sorted({row.method for row in rows if row.final.mean < floor})
-    if below:
-        axis.set_ylim(bottom=floor)
-        axis.text(0.02, 0.02, f"some below: {', '.join(below)}", transform=axis.transAxes, fontsize=7)
+def _styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """{method: how it is drawn}: ours in colour, then rivals in grey, from the best on, the better the darker."""
+    heights = defaultdict(list)
+    for row in rows:
+        heights[row.method].append(row.final.mean)
+    ours = sorted(method for method in heights if method.startswith(_OURS))
+    rivals = sorted(heights.keys() - {DENSE, *ours}, key=lambda method: (-mean(heights[method]), method))
+    shades = [0.75 * rank / max(1, len(rivals) - 1) for rank in range(len(rivals))]
+    found: dict[str, dict[str, Any]] = {
+        method: {"color": f"C{_COLOURS[index % len(_COLOURS)]}", "lw": 2, "zorder": 3}
+        for index, method in enumerate(ours)
+    }
+    found |= {
+        m: {"color": f"{shade:.3f}", "lw": 0.8, "ls": "--", "ms": 4} for m, shade in zip(rivals, shades, strict=True)
+    }
+    return {m: style | {"marker": _MARKERS[i % len(_MARKERS)]} for i, (m, style) in enumerate(found.items())}
+
+
+def _stretch(axis: Any, heights: Sequence[float]) -> None:
+    """Points behind the best on a logarithmic scale: rows far below would press the others into one line."""
+    best, worst = max(heights), min(heights)
+    axis.set_yscale(
+        "function",
+        functions=(lambda y: -np.log1p(np.maximum(best - y, -_ABOVE)), lambda scaled: best - np.expm1(-scaled)),
+    )
+    axis.set_ylim(max(0.0, worst - 1), best + _ABOVE)
+    ticks = [tick for behind in _BEHIND if (tick := round(best) - behind) >= worst]
+    axis.set_yticks(ticks, labels=[str(tick) for tick in ticks])
+    axis.minorticks_off()
 
 
 def _blocks(plt: Any, rows: Sequence[Row]) -> Any:
