@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import Tensor
 
@@ -47,7 +48,15 @@ class Option:
 
     def on(self, tokens: int) -> Option | None:
         """The same where its site sees so many tokens, prefix tokens included; None where it cannot run on them."""
-        return None if self.flops_on is None else replace(self, flops=self.flops_on(tokens), tokens=tokens)
+        if tokens not in self._on:
+            fewer = None if self.flops_on is None else replace(self, flops=self.flops_on(tokens), tokens=tokens)
+            self._on[tokens] = fewer
+        return self._on[tokens]
+
+    @cached_property
+    def _on(self) -> dict[int, Option | None]:
+        """What `on` has made: a search asks for the same again for every price and every budget."""
+        return {}
 
     def merged(self, wrap: Wrap, flops: int, score: float | None) -> Option:
         """The same on merged tokens.

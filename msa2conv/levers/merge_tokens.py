@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import combinations
 from typing import Any, Literal
 
@@ -109,24 +109,33 @@ class StreamRecord:
         known = {name: float(score) for name, score in scores.items()}
         return StreamRecord(self.claims, self.lever, self.costs, known)
 
-    def settings(self) -> Iterator[Setting]:
+    def settings(self) -> tuple[Setting, ...]:
         """All sequences of drops.
 
         A further drop is charged with what its number of tokens costs at its block, less what is lost already there.
         """
+        return self._settings
+
+    @cached_property  # thousands, asked for at every budget
+    def _settings(self) -> tuple[Setting, ...]:
         names, counts = self.lever.blocks(self.at), self.lever.counts(self.at)
         single = {(name, k): Drop(block=name, keep=k) for name in names for k in counts}
-        for many in range(1, min(self.lever.drops, len(counts), len(names)) + 1):
-            for blocks in combinations(names, many):
-                for kept in combinations(counts, many):
-                    drops = tuple(single[pair] for pair in zip(blocks, kept, strict=True))
-                    yield Setting(
-                        scores=tuple(self._increments(drops)),
-                        flops=self.costs.shortened(self.at, drops),
-                        tokens=self.at.fewer(drops),
-                        option=partial(self._option, drops),
-                        rounds=self._rounds(drops),
-                    )
+        sequences = (
+            tuple(single[pair] for pair in zip(blocks, kept, strict=True))
+            for many in range(1, min(self.lever.drops, len(counts), len(names)) + 1)
+            for blocks in combinations(names, many)
+            for kept in combinations(counts, many)
+        )
+        return tuple(
+            Setting(
+                scores=tuple(self._increments(drops)),
+                flops=self.costs.shortened(self.at, drops),
+                tokens=self.at.fewer(drops),
+                option=partial(self._option, drops),
+                rounds=self._rounds(drops),
+            )
+            for drops in sequences
+        )
 
     def _increments(self, drops: tuple[Drop, ...]) -> Iterator[float]:
         before: int | None = None

@@ -37,27 +37,28 @@ def bounds(
 ) -> npt.NDArray[np.float64]:
     """What each setting costs at least; infinite where it does not fit the budget, or (`used_up`) leaves a part of it
     unused that the network as it is could use."""
-    tables: dict[tuple[str, int | None], tuple[npt.NDArray[np.float64], float, float]] = {}
     largest = max((price(option) for group in options.values() for option in group), default=0.0) or 1.0
     multipliers = largest / budget.most * np.concatenate(([0.0], np.logspace(-6, 4, 60)))
 
-    def table(path: str, tokens: int | None) -> tuple[npt.NDArray[np.float64], float, float]:
-        if (path, tokens) not in tables:
-            group = on_tokens(options[path], tokens)
-            prices, taken = np.array([price(option) for option in group]), np.array([budget.of(each) for each in group])
-            least = (prices[:, None] + taken[:, None] * multipliers).min(0)
-            tables[path, tokens] = least, float(taken.min()), float(taken.max())
-        return tables[path, tokens]
+    def row(group: Sequence[Option]) -> npt.NDArray[np.float64]:
+        """The least that a group takes of the budget, the most, and what it costs at every multiplier."""
+        prices, taken = np.array([price(option) for option in group]), np.array([budget.of(each) for each in group])
+        return np.concatenate(([taken.min(), taken.max()], (prices[:, None] + taken[:, None] * multipliers).min(0)))
 
-    found = np.full(len(settings), np.inf)
-    for index, setting in enumerate(settings):
-        parts = [table(path, setting.tokens.get(path)) for path in options]
-        left = budget.most - budget.inside(setting).rest
-        least, most = (sum(part[which] for part in parts) for which in (1, 2))
-        if least <= left and (setting.option is None or not used_up or most >= left - 0.01 * budget.most):
-            bound = np.sum([part[0] for part in parts], 0) - multipliers * left
-            found[index] = steps(setting, price) + float(bound.max())
-    return found
+    sums = np.zeros((len(settings), 2 + len(multipliers)))
+    for path, group in options.items():
+        seen = [setting.tokens.get(path) for setting in settings]
+        where = {tokens: index for index, tokens in enumerate(dict.fromkeys(seen))}
+        rows = np.array([row(on_tokens(group, tokens)) for tokens in where])
+        sums += rows[[where[tokens] for tokens in seen]]
+    least, most, costs = sums[:, 0], sums[:, 1], sums[:, 2:]
+    left = budget.most - np.array([budget.inside(setting).rest for setting in settings])
+    possible = least <= left
+    if used_up:
+        as_it_is = np.array([setting.option is None for setting in settings])
+        possible &= as_it_is | (most >= left - 0.01 * budget.most)
+    own = np.array([steps(setting, price) for setting in settings])
+    return np.where(possible, own + (costs - multipliers * left[:, None]).max(1), np.inf)
 
 
 def worth_trying(
