@@ -106,15 +106,15 @@ def _styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
         heights[row.method].append(row.final.mean)
     ours = sorted(method for method in heights if method.startswith(_OURS))
     rivals = sorted(heights.keys() - {DENSE, *ours}, key=lambda method: (-mean(heights[method]), method))
-    shades = [0.75 * rank / max(1, len(rivals) - 1) for rank in range(len(rivals))]
-    found: dict[str, dict[str, Any]] = {
-        method: {"color": f"C{_COLOURS[index % len(_COLOURS)]}", "lw": 2, "zorder": 3}
-        for index, method in enumerate(ours)
-    }
-    found |= {
-        m: {"color": f"{shade:.3f}", "lw": 0.8, "ls": "--", "ms": 4} for m, shade in zip(rivals, shades, strict=True)
-    }
-    return {m: style | {"marker": _MARKERS[i % len(_MARKERS)]} for i, (m, style) in enumerate(found.items())}
+    found: dict[str, dict[str, Any]] = {}
+    for index, method in enumerate(ours):
+        found[method] = {"color": f"C{_COLOURS[index % len(_COLOURS)]}", "lw": 2, "zorder": 3}
+    for rank, method in enumerate(rivals):
+        shade = 0.75 * rank / max(1, len(rivals) - 1)
+        found[method] = {"color": f"{shade:.3f}", "lw": 0.8, "ls": "--", "ms": 4}
+    for index, style in enumerate(found.values()):
+        style["marker"] = _MARKERS[index % len(_MARKERS)]
+    return found
 
 
 def _stretch(axis: Any, heights: Sequence[float]) -> None:
