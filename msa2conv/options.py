@@ -48,13 +48,14 @@ class Option:
 
     def on(self, tokens: int) -> Option | None:
         """The same where its site sees so many tokens, prefix tokens included; None where it cannot run on them."""
+        if self.flops_on is None:
+            return None
         if tokens not in self._on:
-            fewer = None if self.flops_on is None else replace(self, flops=self.flops_on(tokens), tokens=tokens)
-            self._on[tokens] = fewer
+            self._on[tokens] = replace(self, flops=self.flops_on(tokens), tokens=tokens)
         return self._on[tokens]
 
     @cached_property
-    def _on(self) -> dict[int, Option | None]:
+    def _on(self) -> dict[int, Option]:
         """What `on` has made: a search asks for the same again for every price and every budget."""
         return {}
 

@@ -1,4 +1,4 @@
-"""Lever "merge_tokens": from some blocks on, the network runs on fewer tokens; off unless asked for.
+"""Lever "merge_tokens": from some blocks on, the network runs on fewer tokens.
 
 Nothing is fitted; see `msa2conv.stream` for what runs and its source. It is one choice for the whole network (where
 tokens become fewer, and how many are left), and inside it every site chooses among what runs on any tokens: itself, a

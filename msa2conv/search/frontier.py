@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
-from ..settings import Options, Setting, on_tokens
+from ..options import Option
+from ..settings import Options, Setting
+from .relaxation import summed
 
 _MULTIPLIERS = 48
 
@@ -36,23 +39,16 @@ def frontier(settings: Sequence[Setting], options: Options, rest: int) -> list[t
     scores = [option.score or 0.0 for group in options.values() for option in group]
     base = rest + sum(max(option.flops for option in group) for group in options.values())
     prices = max(max(scores, default=0.0), 1e-12) / base * np.concatenate(([0.0], np.logspace(-5, 4, _MULTIPLIERS)))
-    known: dict[tuple[str, int | None], tuple[np.ndarray, np.ndarray]] = {}
 
-    def best(path: str, tokens: int | None) -> tuple[np.ndarray, np.ndarray]:
+    def best(group: Sequence[Option]) -> npt.NDArray[np.float64]:
         """(multiply-adds, score) of the best option at every price."""
-        if (path, tokens) not in known:
-            group = on_tokens(options[path], tokens)
-            flops, lost = np.array([each.flops for each in group]), np.array([each.score or 0.0 for each in group])
-            picked = (lost[:, None] + flops[:, None] * prices).argmin(0)
-            known[path, tokens] = flops[picked], lost[picked]
-        return known[path, tokens]
+        flops, lost = np.array([each.flops for each in group]), np.array([each.score or 0.0 for each in group])
+        picked = (lost[:, None] + flops[:, None] * prices).argmin(0)
+        return np.stack((flops[picked], lost[picked]))
 
-    flops = np.zeros((len(settings), len(prices)), dtype=np.int64)
-    lost = np.zeros((len(settings), len(prices)))
-    for index, setting in enumerate(settings):
-        parts = [best(path, setting.tokens.get(path)) for path in options]
-        flops[index] = rest + setting.flops + sum(part[0] for part in parts)
-        lost[index] = sum(setting.scores) + sum(part[1] for part in parts)
+    sums = summed(settings, options, best, (2, len(prices)))
+    flops = rest + np.array([[setting.flops] for setting in settings]) + sums[:, 0].astype(np.int64)
+    lost = np.array([[sum(setting.scores)] for setting in settings]) + sums[:, 1]
     picked = (lost + flops * prices).argmin(0)
     columns = np.arange(len(prices))
     kept: list[tuple[int, float]] = []

@@ -45,12 +45,7 @@ def bounds(
         prices, taken = np.array([price(option) for option in group]), np.array([budget.of(each) for each in group])
         return np.concatenate(([taken.min(), taken.max()], (prices[:, None] + taken[:, None] * multipliers).min(0)))
 
-    sums = np.zeros((len(settings), 2 + len(multipliers)))
-    for path, group in options.items():
-        seen = [setting.tokens.get(path) for setting in settings]
-        where = {tokens: index for index, tokens in enumerate(dict.fromkeys(seen))}
-        rows = np.array([row(on_tokens(group, tokens)) for tokens in where])
-        sums += rows[[where[tokens] for tokens in seen]]
+    sums = summed(settings, options, row, (2 + len(multipliers),))
     least, most, costs = sums[:, 0], sums[:, 1], sums[:, 2:]
     left = budget.most - np.array([budget.inside(setting).rest for setting in settings])
     possible = least <= left
@@ -59,6 +54,22 @@ def bounds(
         possible &= as_it_is | (most >= left - 0.01 * budget.most)
     own = np.array([steps(setting, price) for setting in settings])
     return np.where(possible, own + (costs - multipliers * left[:, None]).max(1), np.inf)
+
+
+def summed(
+    settings: Sequence[Setting],
+    options: Options,
+    row: Callable[[Sequence[Option]], npt.NDArray[np.float64]],
+    shape: tuple[int, ...],
+) -> npt.NDArray[np.float64]:
+    """[settings, *shape]: of every setting the sum over all sites of what `row` says of the options there."""
+    found = np.zeros((len(settings), *shape))
+    for path, group in options.items():
+        seen = [setting.tokens.get(path) for setting in settings]
+        where = {tokens: index for index, tokens in enumerate(dict.fromkeys(seen))}
+        rows = np.array([row(on_tokens(group, tokens)) for tokens in where])
+        found += rows[[where[tokens] for tokens in seen]]
+    return found
 
 
 def worth_trying(
@@ -155,4 +166,4 @@ def _improved(
         picked[index] = other
 
 
-__all__ = ["bounds", "filled", "price_of", "steps", "worth_trying"]
+__all__ = ["bounds", "filled", "price_of", "steps", "summed", "worth_trying"]
