@@ -525,7 +525,7 @@ def test_a_league_ranks_who_ran_everything_and_marks_what_noise_may_have_put_sec
         ("rival", 0.7): [86.1, 86.9], ("rival", 0.5): [80.0, 80.6],
         ("easy", 0.7): [86.9],
         ("loses", 0.7): [85.0], ("loses", 0.5): [84.0],
-        ("quick", 0.7): [87.0], ("quick", 0.5): [88.0],
+        ("quick", 0.9): [86.0], ("quick", 0.7): [87.0], ("quick", 0.5): [88.0],
         ("untrained", 0.7): [60.0], ("untrained", 0.5): [59.0],
     }  # fmt: skip
     results: Any = [
@@ -535,7 +535,7 @@ def test_a_league_ranks_who_ran_everything_and_marks_what_noise_may_have_put_sec
             final=SimpleNamespace(top1=top1),
             after=None if method == "untrained" else SimpleNamespace(top1=top1),
             before=SimpleNamespace(top1=top1 - 50, kl=budget / 10),
-            kept=0.6 if method == "quick" else budget,
+            in_time=method == "quick",
         )
         for (method, budget), values in tops.items()
         for seed, top1 in enumerate(values)
@@ -549,10 +549,20 @@ def test_a_league_ranks_who_ran_everything_and_marks_what_noise_may_have_put_sec
         "|  | easy | **86.9** n=1 | – |  |",
     ]
     assert "loses" not in tables.league(results, grid_only=True)
-    assert "quick" not in tables.league(results, grid_only=False)  # with less than its FLOPs at 70 %
+    assert "quick" not in tables.league(results, grid_only=False)
+    assert "90%" not in tables.league(results, grid_only=False)
     before = tables.league(results, grid_only=False, trained=False)
     assert "untrained" in before
     assert "| 1 | ours | 36.2 ± 0.3 (0.070) | **35.1 ± 0.1** (0.050) | 35.7 |" in before
+
+
+def test_a_budget_that_only_methods_in_time_have_is_one_of_time(shown: Path) -> None:
+    dense, vbp = read_tier("small", shown)
+    in_time = vbp.model_copy(update={"name": vbp.name.model_copy(update={"budget": 0.9}), "in_time": True})
+    headings = [
+        line for line in tables.experiment_tables([dense, vbp, in_time], []).splitlines() if line.startswith("#")
+    ]
+    assert headings == ["### deit_fashion, 90% of the time", "### deit_fashion, 70% of the FLOPs"]
 
 
 def point_to(folder: Path, patch: pytest.MonkeyPatch) -> None:
@@ -627,8 +637,9 @@ EXPERIMENTS = [pair for tier in ("small", "untrained", "photos", "imagenet") for
 @pytest.mark.parametrize(("tier", "name"), EXPERIMENTS, ids="/".join)
 def test_configs_name_what_exists(tier: str, name: str) -> None:
     experiment = read_experiment(tier, name)
-    runs = list(experiment.runs(tier, name))
-    per_seed = 1 + (len(experiment.methods) - 1) * len(experiment.budgets)
+    runs = experiment.runs(tier, name)
+    own = sum(map(len, experiment.budgets_of.values()))
+    per_seed = 1 + (len(experiment.methods) - 1) * len(experiment.budgets) + own
     assert len(runs) == len(set(runs)) == per_seed * len(experiment.seeds)
     assert all(method_of(run.method).name == run.method for run in runs)
     assert parent_of(experiment.parent).example.shape[0] == 1
@@ -636,10 +647,23 @@ def test_configs_name_what_exists(tier: str, name: str) -> None:
 
 def test_a_part_of_a_matrix() -> None:
     experiment = read_experiment("small", "deit_fashion")
-    runs = list(experiment.runs("small", "deit_fashion", ["dense", "ours"], [0.5, 1.0], [1]))
+    runs = experiment.runs("small", "deit_fashion", ["dense", "ours"], [0.5, 1.0], [1])
     assert [run.stem for run in runs] == ["dense-1-s1", "ours-0.5-s1"]
     with pytest.raises(msa2conv.errors.InvalidArgument, match=r"--budgets: found 0\.2; expected of small/deit_fashion"):
-        list(experiment.runs("small", "deit_fashion", budgets=[0.2]))
+        experiment.runs("small", "deit_fashion", budgets=[0.2])
+
+
+def test_a_method_may_have_budgets_of_its_own() -> None:
+    experiment = SMALL.model_copy(update={"budgets_of": {"vbp": (0.9, 0.7)}, "methods": ("dense", "ours", "vbp")})
+    assert [run.stem for run in experiment.runs("small", "mine")] == [
+        "dense-1-s0", "vbp-0.9-s0", "ours-0.7-s0", "vbp-0.7-s0",
+    ]  # fmt: skip
+    assert [run.stem for run in experiment.runs("small", "mine", budgets=[0.9])] == ["vbp-0.9-s0"]
+    with pytest.raises(
+        msa2conv.errors.InvalidArgument,
+        match=r"--budgets: found none of dense, ours; expected of small/mine: dense 1, ours 0\.7. Add it to budgets_of",
+    ):
+        experiment.runs("small", "mine", ["dense", "ours"], [0.9])
 
 
 def test_errors_say_what_to_do(tmp_path: Path) -> None:
@@ -647,6 +671,11 @@ def test_errors_say_what_to_do(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("parent: deit_fashion\ndata: fashion_mnist\nmethods: [ours]\nbudgets: [1.5]\n")
     with pytest.raises(msa2conv.errors.InvalidArgument, match=r"config\.yaml, budgets\.0: found 1\.5 .*less than 1"):
+        read_experiment("small", "mine", tmp_path)
+    (folder / "config.yaml").write_text(
+        "parent: deit_fashion\ndata: fashion_mnist\nmethods: [ours]\nbudgets: [0.5]\nbudgets_of: {vbp: [0.9]}\n"
+    )
+    with pytest.raises(msa2conv.errors.InvalidArgument, match=r"budgets_of: found .*vbp is not among the methods"):
         read_experiment("small", "mine", tmp_path)
     (folder / "config.yaml").write_text("a: [")
     with pytest.raises(msa2conv.errors.InvalidArgument, match=r"config\.yaml: found no YAML"):

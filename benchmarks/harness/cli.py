@@ -36,7 +36,7 @@ def _run(args: argparse.Namespace) -> int:
     names = []
     for tier, experiment in find_experiments(args.experiment):
         matrix = read_experiment(tier, experiment)
-        names += list(matrix.runs(tier, experiment, args.methods, args.budgets, args.seeds))
+        names += matrix.runs(tier, experiment, args.methods, args.budgets, args.seeds)
     names.sort(key=lambda name: name.seed)  # a first look at everything before the second seed
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.allow_tf32 = False  # a convolution's answers would depend on the batch

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from msa2conv.errors import InvalidArgument
 
@@ -27,6 +28,7 @@ class Experiment(BaseModel):
         data: images, of `harness.data`.
         methods: of `benchmarks.methods`.
         budgets: shares of the parent's FLOPs.
+        budgets_of: {method: shares that it alone is asked for, too}: of time, say.
         seeds: of everything random.
         epochs: of fine-tuning, what a method spends searching included; 0: none.
         lr, batch_size: of the fine-tuning.
@@ -47,6 +49,7 @@ class Experiment(BaseModel):
     data: str
     methods: tuple[str, ...] = Field(min_length=1)
     budgets: tuple[Budget, ...] = Field(min_length=1)
+    budgets_of: dict[str, tuple[Budget, ...]] = {}
     seeds: tuple[int, ...] = (0,)
     epochs: int = Field(default=0, ge=0)
     lr: float = Field(default=5e-4, gt=0)
@@ -57,6 +60,14 @@ class Experiment(BaseModel):
     calibration_images: int = Field(default=256, ge=64)
     latency_rounds: int = Field(default=15, ge=3)
     about: str = ""
+
+    @field_validator("budgets_of")
+    @classmethod
+    def _of_methods(cls, given: dict[str, tuple[float, ...]], info: ValidationInfo) -> dict[str, tuple[float, ...]]:
+        strange = sorted(given.keys() - set(info.data.get("methods", given)))
+        if strange:
+            raise ValueError(f"{strange[0]} is not among the methods")
+        return given
 
     @property
     def schedule(self) -> Schedule:
@@ -69,11 +80,12 @@ class Experiment(BaseModel):
         methods: Collection[str] = (),
         budgets: Collection[float] = (),
         seeds: Collection[int] = (),
-    ) -> Iterator[Name]:
-        """The matrix, seed by seed, or the part of it that is asked for."""
+    ) -> list[Name]:
+        """The matrix, seed by seed, or the part of it that is asked for; raises InvalidArgument if there is none."""
+        every = sorted({*self.budgets, *chain(*self.budgets_of.values())}, reverse=True)
         for asked, known, what in (
             (methods, self.methods, "methods"),
-            (budgets, (*self.budgets, 1.0), "budgets"),
+            (budgets, (*every, 1.0), "budgets"),
             (seeds, self.seeds, "seeds"),
         ):  # fmt: skip
             strange = sorted(set(asked) - set(known))
@@ -82,13 +94,24 @@ class Experiment(BaseModel):
                     f"--{what}", str(strange[0]), f"of {tier}/{name}: {', '.join(map(str, known))}",
                     f"Add it to {EXPERIMENTS / tier / name / 'config.yaml'}.",
                 )  # fmt: skip
-        for seed in seeds or self.seeds:
-            for budget in (1.0, *self.budgets):
-                for method in self.methods:
-                    if (method == DENSE) != (budget == 1.0):
-                        continue
-                    if (not budgets or budget in budgets) and (not methods or method in methods):
-                        yield Name(tier=tier, experiment=name, method=method, budget=budget, seed=seed)
+        found = [
+            Name(tier=tier, experiment=name, method=method, budget=budget, seed=seed)
+            for seed in seeds or self.seeds
+            for budget in (1.0, *every)
+            for method in self.methods
+            if budget in self._budgets(method)
+            if (not budgets or budget in budgets) and (not methods or method in methods)
+        ]
+        if not found:
+            raise InvalidArgument(
+                "--budgets", f"none of {', '.join(methods)}",
+                f"of {tier}/{name}: {', '.join(f'{m} {b:g}' for m in methods for b in self._budgets(m))}",
+                f"Add it to budgets_of in {EXPERIMENTS / tier / name / 'config.yaml'}.",
+            )  # fmt: skip
+        return found
+
+    def _budgets(self, method: str) -> tuple[float, ...]:
+        return (1.0,) if method == DENSE else (*self.budgets, *self.budgets_of.get(method, ()))
 
 
 def find_experiments(wanted: str, root: Path = EXPERIMENTS) -> list[tuple[str, str]]:

@@ -89,6 +89,7 @@ class Result(_Data):
     """Args:
     name: which run.
     keeps_grid: the method's promise.
+    in_time: whether it kept a budget of time, too, and so may have used less of that of FLOPs.
     flops, parent_flops: multiply-adds at batch 1 by msa2conv's counter.
     torch_flops: by torch.utils.flop_counter and 5 an element of a LayerNorm.
     parameters, parent_parameters: how many.
@@ -107,6 +108,7 @@ class Result(_Data):
     schema_version: Literal[1] = 1
     name: Name
     keeps_grid: bool
+    in_time: bool = False
     flops: int
     parent_flops: int
     torch_flops: int

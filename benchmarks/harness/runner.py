@@ -158,6 +158,7 @@ def run_one(stage: Stage, name: Name, method: Method, told: Circumstances, progr
     return Result(
         name=name,
         keeps_grid=method.keeps_grid,
+        in_time=context.in_time,
         flops=flops,
         parent_flops=stage.flops,
         torch_flops=torchs,
@@ -238,7 +239,7 @@ def _outcome(stage: Stage, name: Name, progress: bool) -> Result | Failure:
 def circumstances(stage: Stage, name: Name) -> Circumstances:
     """What is needed to repeat a run."""
     return Circumstances(
-        config=stage.experiment.model_dump(mode="json", exclude={"methods", "budgets", "seeds", "about"}),
+        config=stage.experiment.model_dump(mode="json", exclude={"methods", "budgets", "budgets_of", "seeds", "about"}),
         command=f"python -m benchmarks run {name.tier}/{name.experiment} --methods {name.method} "
         f"--budgets {name.budget:g} --seeds {name.seed} --data FOLDER",
         versions=versions(),

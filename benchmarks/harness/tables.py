@@ -9,7 +9,6 @@ from statistics import mean, stdev
 
 from .config import DENSE
 from .result import Failure, Result
-from .rules import TOLERANCE
 
 Key = tuple[str, float, str]  # experiment, budget, method
 
@@ -71,8 +70,8 @@ class Row:
 
     @property
     def in_time(self) -> bool:
-        """Whether a budget of time took more than that of FLOPs: the rules let nobody else leave some of it."""
-        return self.kept.mean < (1 - TOLERANCE) * self.budget
+        """Whether the budget is one of time, too."""
+        return self.results[0].in_time
 
     def speed(self, batch: int) -> Figure:
         return Figure.of(result.speed[batch].ratio for result in self.results)
@@ -118,7 +117,8 @@ def experiment_tables(results: Sequence[Result], failures: Sequence[Failure]) ->
     for experiment, budget in dict.fromkeys((row.experiment, row.budget) for row in rows if row.method != DENSE):
         here = [row for row in rows if (row.experiment, row.budget) == (experiment, budget)]
         lines = [cells(row) for row in [*([dense[experiment]] if experiment in dense else []), *here]]
-        parts += [f"### {experiment}, {budget:.0%} of the FLOPs", "", markdown(COLUMNS, lines), ""]
+        of = "time" if all(row.in_time for row in here) else "FLOPs"
+        parts += [f"### {experiment}, {budget:.0%} of the {of}", "", markdown(COLUMNS, lines), ""]
         seeds: dict[tuple[str, str], list[str]] = defaultdict(list)
         for failure in failures:
             if (failure.name.experiment, failure.name.budget) == (experiment, budget):
@@ -143,8 +143,7 @@ def league(results: Sequence[Result], grid_only: bool, trained: bool = True) -> 
         trained: after fine-tuning; before any otherwise.
     """
     rows = [row for row in rows_of(results) if row.method != DENSE and (row.keeps_grid or not grid_only)]
-    in_time = {row.method for row in rows if row.in_time}
-    rows = [row for row in rows if row.method not in in_time and (row.trained or not trained)]
+    rows = [row for row in rows if not row.in_time and (row.trained or not trained)]
     cases = list(dict.fromkeys((row.experiment, row.budget) for row in rows))
     found: dict[str, dict[tuple[str, float], tuple[Figure, str]]] = defaultdict(dict)
     for row in rows:
