@@ -18,7 +18,7 @@ from .planning import Choice, choose_at, in_every_width, network_of
 from .report.inspection import Inspection
 from .report.latency import CLOSE, Latency
 from .search.calibration import Calibration
-from .search.measure import OutputFn
+from .search.measure import NEGLIGIBLE, OutputFn
 from .search.solve import quickest, too_slow
 from .search.timetable import SiteTimes, Timetable, described
 from .search.timing import measure_times
@@ -27,6 +27,7 @@ from .workbench import hookless_copy, usable_device
 
 CORRECTIONS = 3
 _ABOVE = 0.02  # of the target; it is a budget, so that less of what lies above it is let pass than of what lies below
+_MORE, _MUCH = 0.03, 0.8  # so much more time is worth a look if it leaves at most so much of the distance
 _ROUNDS, _GLANCE = 15, 7  # for a budget of time, and for a report
 _TEXT = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(%|s|ms|us|µs)\s*", re.IGNORECASE)
 _UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6}  # the sign micro, and the letter mu
@@ -219,7 +220,7 @@ def choose_in_time(
         return choice.at(width), latency
 
     found = in_every_width(calibration, find)
-    return min(found, key=lambda each: (max(1.0, _missed(each[1])), each[0].distance))
+    return min(found, key=_preference)
 
 
 def choose_within(
@@ -238,7 +239,8 @@ def choose_within(
 
     Modules timed by themselves are a little faster or slower than in the network, and some kinds more than others. What
     the modules take in the network corrects the times of their kinds, and what is left of the error the time that the
-    solver may give out.
+    solver may give out. Where a network keeps the budget, corrections that are left ask for what is predicted to take a
+    little more, if that is much closer to the original: it may be measured to keep the budget, too.
 
     Args:
         work: the original or a narrower network, float32, eval.
@@ -265,6 +267,9 @@ def choose_within(
             break  # by what is known now, and both budgets together
         if any(_same(choice, other) for other, _ in tried):
             break
+        kept = [other.distance for other, latency in tried if _missed(latency) <= 1]
+        if kept and choice.distance > _MUCH * min(kept):
+            break
         hybrid = build(choice)
         found, predicted = watch.report(watch.beside(hybrid)), times.total(choice.choices)
         ratio, before = found.ratio, found.before.seconds
@@ -277,19 +282,30 @@ def choose_within(
         latency = found.model_copy(update=known)
         tried.append((choice, latency))
         unlimited = latency.off < 0 and predicted < (1 - CLOSE) * allowed  # what is left would not be used
-        if _missed(latency) <= 1 or unlimited or len(tried) > CORRECTIONS:
+        close = _missed(latency) <= 1
+        if unlimited or (kept and not close) or len(tried) > CORRECTIONS:
             break
+        if close and choice.distance <= NEGLIGIBLE:
+            break
+        if close:  # predictions err by as much: is there something much closer to the original right behind?
+            allowed *= 1 + _MORE
+            continue
         times = times.seen(choice.choices, watch.shares(hybrid, sites))
         measured = [(times.total(each.choices) / whole, latency.ratio) for each, latency in tried]
         floor = quickest(calibration.settings(), calibration.options(), times.limit(sites, allowed))
         allowed = max(whole * _corrected(measured, wanted), 1.001 * floor)
-    choice, best = min(tried, key=lambda each: _missed(each[1]))
+    choice, best = min(tried, key=_preference)
     return choice, best.model_copy(update={"attempts": tried[-1][1].attempts})
 
 
 def _same(one: Choice, other: Choice) -> bool:
     names = [{path: option.name for path, option in choice.choices.items()} for choice in (one, other)]
     return names[0] == names[1]
+
+
+def _preference(found: tuple[Choice, Latency]) -> tuple[float, float]:
+    """What keeps the budget, and of that what is closest to the original, comes first."""
+    return max(1.0, _missed(found[1])), found[0].distance
 
 
 def _missed(latency: Latency) -> float:

@@ -168,6 +168,44 @@ def test_a_correction_that_both_budgets_forbid_ends_them(
     assert "after 0 corrections" in latency.warnings[-1]
 
 
+@pytest.mark.parametrize(
+    ("factor", "distances", "attempts", "taken"),
+    [
+        (1.0, [1.0, 0.5, 0.45], 2, 1),  # what is predicted to take a little more keeps the budget, and is much closer
+        (0.97, [1.0, 0.9], 1, 0),  # it is not much closer
+        (1.01, [1.0, 0.5], 2, 0),  # it takes more, as predicted
+        (0.97, [1e-4, 1e-6], 1, 0),  # nobody would see a difference
+    ],
+)
+def test_what_is_much_closer_and_hardly_slower_is_looked_at(
+    factor: float,
+    distances: list[float],
+    attempts: int,
+    taken: int,
+    calibration: Calibration,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    use(monkeypatch, Clock({"hybrid": factor}))
+    asked: list[float] = []
+    chosen: list[Any] = []
+
+    def told(*args: Any, **given: Any) -> Any:
+        choice = choose_at(*args, **given)
+        distance = distances[len(asked)]
+        asked.append(given["limit"].most)
+        chosen.append({path: option.name for path, option in choice.choices.items()})
+        return replace(choice, distances={choice.price: distance})
+
+    monkeypatch.setattr(latency_module, "choose_at", told)
+    result = convert(vit(**WIDE), latency_target=0.75, calibration=calibration, progress=False)
+    latency = result.report.latency
+    assert latency is not None and len(latency.attempts) == attempts
+    assert asked[1:2] in ([], [pytest.approx(1.03 * asked[0])])
+    assert result.plan.choices == chosen[taken] and latency.ratio == latency.attempts[taken] <= 0.75 * 1.02
+    tried = f" (tried: {latency.attempts[0]:.1%}, {latency.attempts[1]:.1%})" if attempts == 2 else ""
+    assert f"of the original's time, measured {latency.ratio:.1%}{tried}\n" in str(latency)
+
+
 def test_what_is_free_is_taken_though_it_leaves_time_unused(monkeypatch: pytest.MonkeyPatch) -> None:
     """An option that costs nothing in accuracy: no correction could make use of the time that is left."""
     use(monkeypatch, Clock())

@@ -21,7 +21,7 @@ class Latency(BaseModel):
         dtype: of the weights.
         target: seconds allowed; None without a budget of time.
         predicted: the ratio that the sum of the modules' times promised; None without a budget of time.
-        attempts: ratio of every network that was tried for the budget.
+        attempts: ratio of every network that was tried for the budget, this one among them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,10 +69,10 @@ class Latency(BaseModel):
         timed = f"timed on {self.device}; quartiles within {self.spread:.0%} of the median"
         if self.target is None or self.predicted is None:
             return timed
-        tried = " -> ".join(f"{ratio:.1%}" for ratio in self.attempts)
+        tried = f" (tried: {', '.join(f'{ratio:.1%}' for ratio in self.attempts)})" if len(self.attempts) > 1 else ""
         return (
             f"budget {1e3 * self.target:.4g} ms, {1 + self.off:.1%} used; "
-            f"predicted {self.predicted:.1%} of the original's time, measured {tried}\n{timed}"
+            f"predicted {self.predicted:.1%} of the original's time, measured {self.ratio:.1%}{tried}\n{timed}"
         )
 
 

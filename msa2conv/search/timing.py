@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from .timetable import SiteTimes, Timetable, steps
 
 _CURVE = 7  # so many options that differ in one size only are all measured; of more, `_POINTS`
 _POINTS = 5
+_LONG, _MOST = 0.5, 40  # seconds that the network should be sampled for, if that takes no more rounds than so many
 
 
 def measure_times(
@@ -52,13 +54,15 @@ def measure_times(
 ) -> SiteTimes:
     """Time what may be chosen.
 
+    In a quick network a module takes microseconds, and is the more easily disturbed: it is sampled more often.
+
     Args:
         model: the original as it will run: in eval mode, on the device, in its dtype.
         claims: its sites.
         options, settings: what may be chosen.
         inputs: a batch of the size that counts, on the device.
         table: what is known already.
-        rounds: samples of each module.
+        rounds: samples of each module, at least.
         progress: show bars.
     """
     sites = {site.path: site for site in claims.sites if site.path in options}
@@ -66,8 +70,9 @@ def measure_times(
     blocks = [] if merging is None else [f"{merging.path}.{name}" for name, _, _ in merging.blocks]
     caught = _catch(model, ["", *sites, *blocks], inputs)
     bench = _Bench(table, inputs.device, rounds, progress, [str(inputs.dtype), *map(str, inputs.shape)])
-    shares = bench.shares(model, caught, inputs)
     base = bench.seconds(partial(_called, model, "", caught[""]))
+    bench.rounds = max(rounds, min(_MOST, math.ceil(_LONG / base)))
+    shares = bench.shares(model, caught, inputs)
     hosts = {path: base * shares[caught[path].key] for path in sites}
     alike: dict[str, list[str]] = {}
     for path in sites:

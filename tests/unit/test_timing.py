@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from msa2conv.search import timing
 from msa2conv.search.timetable import MERGING, SiteTimes, Timetable, steps
 from msa2conv.search.timing import measure_times
 from msa2conv.settings import inside
+from msa2conv.stopwatch import Samples
 
 DEVICE = torch.device("cpu")
 WIDE = {"embed_dim": 96, "img_size": 64}  # modules that take longer than the operators around them
@@ -119,6 +121,28 @@ def test_a_module_is_timed_behind_the_nearest_of_another_geometry() -> None:
     assert found["blocks.0.attn"] == "blocks.0.mlp", "nothing stands before the first: the nearest behind it"
     attentions = {path: site for path, site in sites.items() if path.endswith("attn")}
     assert timing._in_front(model, attentions, caught, "blocks.1.attn") is None
+
+
+@pytest.mark.parametrize(("seconds_of_it", "rounds"), [(1e-3, 40), (0.025, 20), (1.0, 9)])
+def test_modules_of_quick_networks_are_sampled_more_often(
+    seconds_of_it: float, rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[int]()
+
+    class Counting(Clock):
+        def __call__(self, calls: Any, device: Any, rounds: int, **also: Any) -> Samples:  # type: ignore[override]
+            asked.append(rounds)
+            samples = super().__call__(calls)
+            return Samples({"": [seconds_of_it]}) if list(calls) == [""] else samples
+
+        def inside(self, networks: Any, paths: Any, inputs: Any, rounds: int, **also: Any) -> Samples:  # type: ignore[override]
+            asked.append(rounds)
+            return super().inside(networks, paths, inputs)
+
+    use(monkeypatch, Counting())
+    model = vit()
+    timed(model, msa2conv.calibrate(model, images(16), levers=("mixer", "ffn"), progress=False))
+    assert asked[0] == 9 and set(asked[1:]) == {rounds}
 
 
 def test_what_was_timed_once_is_not_timed_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
