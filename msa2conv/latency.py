@@ -19,9 +19,10 @@ from .report.inspection import Inspection
 from .report.latency import CLOSE, Latency
 from .search.calibration import Calibration
 from .search.measure import NEGLIGIBLE, OutputFn
-from .search.solve import quickest, too_slow
+from .search.solve import too_slow
 from .search.timetable import SiteTimes, Timetable, described
 from .search.timing import measure_times
+from .settings import least
 from .stopwatch import Samples, inside, interleaved
 from .workbench import hookless_copy, usable_device
 
@@ -285,14 +286,14 @@ def choose_within(
         close = _missed(latency) <= 1
         if unlimited or (kept and not close) or len(tried) > CORRECTIONS:
             break
-        if close and choice.distance <= NEGLIGIBLE:
-            break
         if close:  # predictions err by as much: is there something much closer to the original right behind?
             allowed *= 1 + _MORE
+            if choice.distance <= NEGLIGIBLE or allowed >= whole:
+                break
             continue
         times = times.seen(choice.choices, watch.shares(hybrid, sites))
         measured = [(times.total(each.choices) / whole, latency.ratio) for each, latency in tried]
-        floor = quickest(calibration.settings(), calibration.options(), times.limit(sites, allowed))
+        floor = least(calibration.settings(), calibration.options(), times.limit(sites, allowed))
         allowed = max(whole * _corrected(measured, wanted), 1.001 * floor)
     choice, best = min(tried, key=_preference)
     return choice, best.model_copy(update={"attempts": tried[-1][1].attempts})

@@ -34,7 +34,7 @@ AS_IT_IS = Setting()
 
 @dataclass(frozen=True)
 class Limit:
-    """A second budget, additive as FLOPs are, of what is measured: seconds.
+    """A budget that is additive: of FLOPs, or a second one of what is measured, seconds.
 
     Args:
         of: what an option takes.
@@ -47,6 +47,11 @@ class Limit:
     of_setting: Callable[[Setting], float]
     rest: float
     most: float
+
+    @classmethod
+    def in_flops(cls, rest: int, most: int = 0) -> Limit:
+        """The budget of multiply-adds."""
+        return cls(lambda option: option.flops, lambda setting: setting.flops, rest, most)
 
     def inside(self, setting: Setting) -> Limit:
         """What is left in a setting."""
@@ -67,11 +72,19 @@ def on_tokens(options: Iterable[Option], tokens: int | None) -> list[Option]:
 
 def least_flops(settings: Iterable[Setting], options: Options, rest: int) -> int:
     """Multiply-adds of the cheapest network in any of the settings."""
-    known: dict[tuple[str, int | None], int] = {}
+    return int(least(settings, options, Limit.in_flops(rest)))
 
-    def cheapest(path: str, tokens: int | None) -> int:
+
+def least(settings: Iterable[Setting], options: Options, limit: Limit) -> float:
+    """The least that any network takes of a budget, whatever it costs in accuracy."""
+    known: dict[tuple[str, int | None], float] = {}
+
+    def of_site(path: str, tokens: int | None) -> float:
         if (path, tokens) not in known:
-            known[path, tokens] = min(option.flops for option in on_tokens(options[path], tokens))
+            known[path, tokens] = min(map(limit.of, on_tokens(options[path], tokens)))
         return known[path, tokens]
 
-    return rest + min(each.flops + sum(cheapest(path, each.tokens.get(path)) for path in options) for each in settings)
+    return min(
+        limit.inside(setting).rest + sum(of_site(path, setting.tokens.get(path)) for path in options)
+        for setting in settings
+    )

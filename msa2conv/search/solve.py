@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import InfeasibleBudget
 from ..options import Option
-from ..settings import AS_IT_IS, Limit, Options, Setting, inside, least_flops, on_tokens
+from ..settings import AS_IT_IS, Limit, Options, Setting, inside, least, least_flops
 from .measure import NEGLIGIBLE
 from .relaxation import bounds, filled, price_of, steps, worth_trying
 
@@ -98,14 +98,14 @@ def solve_settings(
     """
     price, settings = price or _score, list(settings)
     best: tuple[float, Setting, Choices] | None = None
-    flops = Limit(lambda option: option.flops, lambda setting: setting.flops, rest, budget)
-    least = bounds(settings, options, price, flops, used_up=limit is None)
-    if not np.isfinite(least).any():  # few options: no sum of them uses the budget up
-        least = bounds(settings, options, price, flops, used_up=False)
+    flops = Limit.in_flops(rest, budget)
+    bound = bounds(settings, options, price, flops, used_up=limit is None)
+    if not np.isfinite(bound).any():  # few options: no sum of them uses the budget up
+        bound = bounds(settings, options, price, flops, used_up=False)
     if limit is not None:
-        least = np.maximum(least, bounds(settings, options, price, limit, used_up=False))
-    for index in np.argsort(least, kind="stable"):
-        if not np.isfinite(least[index]) or (best is not None and least[index] >= best[0]):
+        bound = np.maximum(bound, bounds(settings, options, price, limit, used_up=False))
+    for index in np.argsort(bound, kind="stable"):
+        if not np.isfinite(bound[index]) or (best is not None and bound[index] >= best[0]):
             break
         setting = settings[index]
         within = None if limit is None else limit.inside(setting)
@@ -120,23 +120,8 @@ def solve_settings(
         floor = least_flops(settings, options, rest)
         if limit is None or budget < floor:
             raise infeasible(budget, floor)
-        raise too_slow(limit.most, quickest(settings, options, limit))
+        raise too_slow(limit.most, least(settings, options, limit))
     return best[1], best[2]
-
-
-def quickest(settings: Iterable[Setting], options: Options, limit: Limit) -> float:
-    """The least that any network takes of a limit, whatever it costs in accuracy."""
-    known: dict[tuple[str, int | None], float] = {}
-
-    def least(path: str, tokens: int | None) -> float:
-        if (path, tokens) not in known:
-            known[path, tokens] = min(map(limit.of, on_tokens(options[path], tokens)))
-        return known[path, tokens]
-
-    return min(
-        limit.inside(setting).rest + sum(least(path, setting.tokens.get(path)) for path in options)
-        for setting in settings
-    )
 
 
 @dataclass(frozen=True)
