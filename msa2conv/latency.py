@@ -287,7 +287,7 @@ def choose_within(
         if unlimited or (kept and not close) or len(tried) > CORRECTIONS:
             break
         if close:  # predictions err by as much: is there something much closer to the original right behind?
-            allowed *= 1 + _MORE
+            allowed = max((1 + _MORE) * allowed, (1 + _ABOVE / 2) * wanted / ratio * predicted)
             if choice.distance <= NEGLIGIBLE or allowed >= whole:
                 break
             continue

@@ -172,6 +172,7 @@ def test_a_correction_that_both_budgets_forbid_ends_them(
     ("target", "factor", "distances", "attempts", "taken"),
     [
         (0.75, 0.988, [1.0, 0.5, 0.45], 2, 1),  # a little more keeps the budget, and is much closer
+        (0.75, 0.96, [1.0, 0.5, 0.45], 2, 1),  # as much more as was left of the budget
         (0.75, 0.97, [1.0, 0.9], 1, 0),  # it is not much closer
         (0.75, 1.01, [1.0, 0.5], 2, 0),  # it takes more, as predicted
         (0.75, 0.97, [1e-4, 1e-6], 1, 0),  # nobody would see a difference
@@ -203,7 +204,8 @@ def test_what_is_much_closer_and_hardly_slower_is_looked_at(
     result = convert(vit(**WIDE), latency_target=target, calibration=own, progress=False)
     latency = result.report.latency
     assert latency is not None and len(latency.attempts) == attempts
-    assert asked[1:2] in ([], [pytest.approx(1.03 * asked[0])])
+    more = max(1.03, 1.01 * target / latency.attempts[0])
+    assert asked[1:2] in ([], [pytest.approx(more * asked[0], rel=0.01)])
     assert result.plan.choices == chosen[taken] and latency.ratio == latency.attempts[taken] <= target * 1.02
     tried = f" (tried: {latency.attempts[0]:.1%}, {latency.attempts[1]:.1%})" if attempts == 2 else ""
     assert f"of the original's time, measured {latency.ratio:.1%}{tried}\n" in str(latency)
