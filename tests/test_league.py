@@ -458,6 +458,20 @@ def test_a_refusal_is_kept_until_it_works(league: Callable[..., list[Name]], tmp
     assert league(names, method) == [] and not names[0].path(out, failed=True).exists()
 
 
+def test_a_result_says_whether_it_kept_a_budget_of_time(league: Callable[..., list[Name]], tmp_path: Path) -> None:
+    class InTime:
+        name, keeps_grid = "vbp", True
+
+        def shrink(self, parent: nn.Module, budget: int, context: Context) -> nn.Module:
+            context.in_time = True
+            return methods()["vbp"].shrink(parent, budget, context)
+
+    for stand_in in (InTime(), None):
+        assert league([name_of("vbp")], stand_in, again=True) == []
+        (result,) = read_tier("small", tmp_path / "results")
+        assert result.in_time is (stand_in is not None)
+
+
 def test_a_result_says_everything(shown: Path) -> None:
     dense, vbp = read_tier("small", shown)
     assert dense.kept == 1 and dense.before.kl == pytest.approx(0, abs=1e-9) and dense.before.agreement == 100
