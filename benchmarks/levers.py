@@ -32,7 +32,7 @@ VARIANTS = {
     "the default": DEFAULT,
     **{f"{name} alone": (name,) for name in DEFAULT},
     **{f"default but {name}": tuple(other for other in DEFAULT if other != name) for name in DEFAULT},
-    UNMERGED: ("mixer", "ffn", "thin_attention"),
+    UNMERGED: ("mixer", "ffn", "linear_ffn", "thin_attention"),
     "mixer and ffn": ("mixer", "ffn"),
     "width alone": ("width",),
     "width and ffn": ("width", "ffn"),

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .layouts import Layout as Layout
     from .levers import (
         FFN as FFN,
+        LinearFFN as LinearFFN,
         MergeInSite as MergeInSite,
         MergeTokens as MergeTokens,
         Mixer as Mixer,
@@ -63,6 +64,7 @@ _WHERE = {
     "FFN": "levers",
     "FFNSite": "sites",
     "Layout": "layouts",
+    "LinearFFN": "levers",
     "MergeInSite": "levers",
     "MergeTokens": "levers",
     "Mixer": "levers",

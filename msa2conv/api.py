@@ -169,9 +169,10 @@ def convert(
             that start with one, a Dataset, a DataLoader or a tensor. None: photos shipped with msa2conv; your own
             images give a better hybrid.
         example_inputs: a float tensor [B, C, H, W]; by default of the size the model declares.
-        levers: what may change: names ("mixer", "ffn", "merge_in_site", "thin_attention", "merge_tokens") or
-            configured levers (`Mixer(...)`, `FFN(...)`, `MergeInSite(...)`, `ThinAttention(...)`, `MergeTokens(...)`);
-            None or "all": all of these. "width", or `Width(...)`, has to be named: fewer channels take training.
+        levers: what may change: names ("mixer", "ffn", "linear_ffn", "merge_in_site", "thin_attention", "merge_tokens")
+            or configured levers (`Mixer(...)`, `FFN(...)`, `LinearFFN(...)`, `MergeInSite(...)`, `ThinAttention(...)`,
+            `MergeTokens(...)`); None or "all": all of these. "width", or `Width(...)`, has to be named: fewer channels
+            take training.
         calibration: a `Calibration` of this model: a budget then takes seconds, and `data` only serves distillation.
         adapters: who looks for sites.
         images: how many calibration images to read at most.

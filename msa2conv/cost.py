@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .errors import UncountedOperator
 from .merging import comparisons
 from .observation import Observation
-from .ops import IO, Attend, MixerSpec, TokenMixer
+from .ops import IO, Attend, Linear, MixerSpec, TokenMixer
 from .options import Option
 from .plan import Edit
 from .sites import AttentionSite, FFNSite, Site, StreamSite
@@ -292,6 +292,14 @@ class CostModel:
     def ffn(self, site: FFNSite, kept: int) -> int:
         """Multiply-adds of `kept` hidden units of an FFN."""
         return kept * self.units[site.path]
+
+    def instead(self, site: FFNSite, spec: Linear, tokens: int | None = None) -> int:
+        """Multiply-adds of a linear layer in the place of a whole FFN on so many tokens (prefix tokens included), or on
+        all; on the account of `hosts`, which does not know what an FFN takes beside its hidden units."""
+        assert site.merging is not None
+        every = site.merging.tokens(site.merging.count)
+        saved = _at(self.samples[site.path], every) - self.hosts[site.path]
+        return self._sequences(site) * spec.flops(every if tokens is None else tokens) - saved
 
     def on(self, site: Site, tokens: int, saved: int = 0) -> int:
         """Multiply-adds of a site whose host sees so many tokens, on the account of `hosts`.

@@ -233,7 +233,7 @@ class Plan(_Data):
         rows = [("mixer", [symbol(option) for option in attentions], "")]
         rows += [("tokens", [_tokens(option) for option in attentions], "")]
         rows += [
-            ("ffn", [_percent(option) for option in ffns], " %"),
+            ("ffn", [units(option) for option in ffns], " %"),
             ("tokens", [_tokens(option) for option in ffns], ""),
         ]
         rows = [(name, cells, unit) for name, cells, unit in rows if any(cells)]
@@ -249,6 +249,7 @@ class Plan(_Data):
         used = dict.fromkeys(_inner(option) for option in attentions)
         legend = [f"{symbol(option)} {option}" for option in sorted(used, key=lambda o: _order(symbol(o)))]
         legend += ["% hidden units kept"] if ffns else []
+        legend += ["L a linear layer, or two"] if any(units(option).startswith("L") for option in ffns) else []
         legend += ["tokens: patches that are left inside"] if any(name == "tokens" for name, _, _ in rows) else []
         return "\n".join([*lines, *self.everywhere, "", "  ".join(legend)])
 
@@ -280,9 +281,10 @@ def _tokens(option: str) -> str:
     return option.partition("@")[2]
 
 
-def _percent(width: str) -> str:
-    kept, total = _inner(width).split("/")
-    return f"{100 * int(kept) / int(total):.0f}"
+def units(option: str) -> str:
+    """Of an FFN: '384/768@98' -> '50' (percent), 'linear/768' -> 'L', 'linear48/768' -> 'L48'."""
+    kept, total = _inner(option).split("/")
+    return f"{100 * int(kept) / int(total):.0f}" if kept.isdecimal() else kept.replace("linear", "L")
 
 
 def _first(error: ValidationError) -> str:

@@ -59,6 +59,6 @@ def calibrated(parent: nn.Module, context: Context, levers: Levers | None) -> ms
 
 METHODS = [
     Calibrated("ours"),
-    Calibrated("ours-no-merging", ("mixer", "ffn", "thin_attention")),
+    Calibrated("ours-no-merging", ("mixer", "ffn", "linear_ffn", "thin_attention")),
     Calibrated("ours-mixers", ("mixer", "ffn")),
 ]

@@ -59,6 +59,7 @@ class Lever(str, Enum):
 
     mixer = "mixer"
     ffn = "ffn"
+    linear_ffn = "linear_ffn"
     merge_in_site = "merge_in_site"
     thin_attention = "thin_attention"
     merge_tokens = "merge_tokens"

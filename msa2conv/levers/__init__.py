@@ -14,22 +14,24 @@ from ..settings import AS_IT_IS, least_flops
 from ..sites import Claims, Site
 from .base import Lever, Record, Statistics, host_option
 from .ffn import FFN
+from .linear_ffn import LinearFFN
 from .merge_in_site import MergeInSite
 from .merge_tokens import MergeTokens, StreamRecord
 from .mixer import Mixer
 from .thin_attention import ThinAttention
 from .width import Width
 
-Configured = Mixer | FFN | MergeInSite | ThinAttention | MergeTokens | Width
+Configured = Mixer | FFN | LinearFFN | MergeInSite | ThinAttention | MergeTokens | Width
 _BY_NAME: dict[str, type[Configured]] = {
     "mixer": Mixer,
     "ffn": FFN,
+    "linear_ffn": LinearFFN,
     "merge_in_site": MergeInSite,
     "thin_attention": ThinAttention,
     "merge_tokens": MergeTokens,
     "width": Width,
 }
-DEFAULT = ("mixer", "ffn", "merge_in_site", "thin_attention", "merge_tokens")  # all that need no training
+DEFAULT = ("mixer", "ffn", "linear_ffn", "merge_in_site", "thin_attention", "merge_tokens")  # all that need no training
 BY_GATES = ("mixer", "ffn")  # what the gate search can decide
 _EXAMPLE = "For example levers=('mixer', 'ffn')."
 
@@ -111,6 +113,7 @@ __all__ = [
     "DEFAULT",
     "FFN",
     "Lever",
+    "LinearFFN",
     "MergeInSite",
     "MergeTokens",
     "Mixer",

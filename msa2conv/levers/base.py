@@ -121,10 +121,16 @@ class Record(Protocol):
 
 
 class Statistics(Protocol):
-    """Streaming sums over activations of one site."""
+    """Streaming sums over activations of one site.
+
+    Args:
+        whole_ffn: listens to a whole FFN, not to its output layer.
+    """
+
+    whole_ffn: bool
 
     def update(self, x: Tensor, out: Tensor) -> None:
-        """Add a batch: input (of an FFN, its hidden units) and output."""
+        """Add a batch: input (of the output layer of an FFN, its hidden units) and output."""
         ...
 
     def fit(self, host: nn.Module, costs: CostModel) -> Record:

@@ -45,6 +45,8 @@ def kept_heads(weight_OI: Tensor, covariance_II: Tensor, total: int, heads: int)
 class HeadStatistics:
     """Second moments of what the output projection reads."""
 
+    whole_ffn = False
+
     def __init__(
         self, site: AttentionSite, host: nn.Module, shares: Iterable[float], ridge: float, prefix_weight: float
     ) -> None:
@@ -110,7 +112,7 @@ class Kept:
         return cls(described["name"], tuple(described["heads"]), tensors, score)
 
 
-class HeadRecord(FittedRecord[Kept]):
+class HeadRecord(FittedRecord[AttentionSite, Kept]):
     """One attention with fewer heads."""
 
     lever, kind = "thin_attention", Kept

@@ -83,6 +83,8 @@ class FFN(BaseModel, Alone):
 class FFNStatistics:
     """Weighted second moments of the hidden units: prefix rows count by how much the output listens to them."""
 
+    whole_ffn = False
+
     def __init__(self, lever: FFN, site: FFNSite, prefix_weight: float, channels_first: bool) -> None:
         self.lever, self.site, self.prefix_weight = lever, site, prefix_weight
         self.channels_first = channels_first

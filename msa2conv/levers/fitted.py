@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..cost import CostModel
 from ..options import Option
-from ..sites import AttentionSite
+from ..sites import Site
 from .base import Alone, host_option
 
 
@@ -37,13 +37,14 @@ class Candidate(Protocol):
         ...
 
 
+S = TypeVar("S", bound=Site)
 C = TypeVar("C", bound=Candidate)
-R = TypeVar("R", bound="FittedRecord[Any]")
+R = TypeVar("R", bound="FittedRecord[Any, Any]")
 
 
 @dataclass(frozen=True)
-class FittedRecord(Alone, ABC, Generic[C]):
-    """The fitted candidates of one attention site.
+class FittedRecord(Alone, ABC, Generic[S, C]):
+    """The fitted candidates of one site.
 
     Args:
         at: the site.
@@ -54,14 +55,12 @@ class FittedRecord(Alone, ABC, Generic[C]):
     lever: ClassVar[str]
     kind: ClassVar[Any]  # of the candidates
 
-    at: AttentionSite
+    at: S
     costs: CostModel
     candidates: tuple[C, ...]
 
     @classmethod
-    def read(
-        cls: type[R], site: AttentionSite, costs: CostModel, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]
-    ) -> R:
+    def read(cls: type[R], site: Any, costs: CostModel, meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> R:
         """What `state` described."""
 
         def own(index: int) -> dict[str, Tensor]:

@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from ..cost import CostModel
+from ..ops import Linear
 from ..options import Option
+from ..plan import Replace
 from ..sites import Site
 from .base import Fractions, host_option
 
@@ -64,7 +66,7 @@ class MergeInSite(BaseModel):
             scores: {name of the host on merged tokens: score}; None where none were measured.
         """
         merging = site.merging
-        if option.flops_on is None or merging is None:
+        if option.flops_on is None or merging is None or _is_linear(option):
             return []
         host, found = host_option(site, costs).name, []
         for count in sorted({max(1, round(fraction * merging.count)) for fraction in self.keep} - {merging.count}):
@@ -76,10 +78,16 @@ class MergeInSite(BaseModel):
         return found
 
 
+def _is_linear(option: Option) -> bool:
+    """One product of matrices: comparing tokens would take longer."""
+    return any(isinstance(edit, Replace) and isinstance(edit.spec, Linear) for edit in option.edits)
+
+
 @dataclass
 class NothingToFit:
     lever: MergeInSite
     site: Site
+    whole_ffn = False
 
     def update(self, x: Tensor, out: Tensor) -> None:
         pass

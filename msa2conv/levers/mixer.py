@@ -135,6 +135,8 @@ class Mixer(BaseModel, Alone):
 class MixerStatistics:
     """Second moments of (neighbourhood of the input, output) over patches; per-image means for context and prefix."""
 
+    whole_ffn = False
+
     def __init__(self, lever: Mixer, site: AttentionSite, host: nn.Module) -> None:
         self.lever, self.site = lever, site
         self.kernel, depthwise = lever._kernel("conv"), lever._kernel("depthwise")
@@ -341,7 +343,7 @@ class Candidate:
         return cls(described["op"], described["flops"], spec, tensors, score)
 
 
-class MixerRecord(FittedRecord[Candidate]):
+class MixerRecord(FittedRecord[AttentionSite, Candidate]):
     """The fitted mixers of one attention site."""
 
     lever, kind = "mixer", Candidate

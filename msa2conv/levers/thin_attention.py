@@ -106,6 +106,8 @@ class ThinAttention(BaseModel, Alone):
 class AttentionStatistics:
     """Second moments of queries, keys and averaged values by heads; prefix rows count by how much they are heard."""
 
+    whole_ffn = False
+
     def __init__(self, lever: ThinAttention, site: AttentionSite, host: nn.Module, prefix_weight: float) -> None:
         self.lever, self.site, self.prefix_weight = lever, site, prefix_weight
         self.spec, self.whole = whole_attention(site, host)
@@ -240,7 +242,7 @@ class Thin:
         return cls(Attend.model_validate(described["spec"], strict=False), tensors, score)
 
 
-class AttentionRecord(FittedRecord[Thin]):
+class AttentionRecord(FittedRecord[AttentionSite, Thin]):
     """The thinner attentions of one site."""
 
     lever, kind = "thin_attention", Thin

@@ -1,4 +1,4 @@
-"""The mixers that can stand where an attention stood: a spec (data) and the module it builds."""
+"""What can stand where an attention or an FFN stood: a spec (data) and the module it builds."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from pydantic import Field
 
 from .attend import Attend, AttendMixer
 from .base import IO, Path, Spec, TokenMixer, Width
+from .linear import Linear, LinearMixer
 from .local import Constant, Conv, ConvMixer, Depthwise, DepthwiseMixer, Global, Identity, IdentityMixer, Skip
 from .prefix import AttendPrefix, PassPrefix, Prefix, PrefixAttention, RidgePrefix
 from .sequence import Arrangement, Sizes, arranged, as_sequence
 
-MixerSpec = Annotated[Skip | Identity | Constant | Global | Conv | Depthwise | Attend, Field(discriminator="kind")]
+MixerSpec = Annotated[
+    Skip | Identity | Constant | Global | Conv | Depthwise | Attend | Linear, Field(discriminator="kind")
+]
 
 __all__ = [
     "IO",
@@ -28,6 +31,8 @@ __all__ = [
     "Global",
     "Identity",
     "IdentityMixer",
+    "Linear",
+    "LinearMixer",
     "MixerSpec",
     "PassPrefix",
     "Path",

@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Patch
 
-from ..plan import Plan, symbol
+from ..plan import Plan, symbol, units
 from .conversion import Report
 from .figures import Promise, SiteCost, unit_of
 
@@ -25,6 +25,7 @@ _FAMILIES = {
     "none": ("nothing", "#c9ced6"),
 }
 _FFN = "#3d9bd6"
+_LINEAR = "#e69f00"
 _EMPTY = "#d9e6ef"
 _INK, _LINE = "#111213", "#c1c2c3"  # stand-ins: a page replaces them by its own colours, light or dark
 _COLOURS = {_INK: "currentColor", _LINE: "var(--line)"}
@@ -102,8 +103,9 @@ def _family(option: str) -> str:
 
 
 def _kept(option: str) -> float:
+    """Of the hidden units; a linear layer is all there is."""
     kept, _, total = option.partition("@")[0].partition("/")
-    return int(kept) / int(total)
+    return int(kept) / int(total) if kept.isdecimal() else 1.0
 
 
 def _plan(plan: Plan, report: Report) -> Figure:
@@ -113,11 +115,13 @@ def _plan(plan: Plan, report: Report) -> Figure:
         if attention is not None:
             _cell(axes, x, 1, symbol(attention.choice), attention.choice, _FAMILIES[_family(attention.choice)][1])
         if ffn is not None:
-            share = _kept(ffn.choice)
-            _cell(axes, x, 0, f"{100 * share:.0f}", ffn.choice, _FFN, share)
+            colour = _FFN if ffn.choice[0].isdecimal() else _LINEAR
+            _cell(axes, x, 0, units(ffn.choice), ffn.choice, colour, _kept(ffn.choice))
     used = dict.fromkeys(_family(site.choice) for site in report.sites if site.kind == "attention")
     handles = [Patch(color=colour, label=label) for name, (label, colour) in _FAMILIES.items() if name in used]
     handles += [Patch(color=_FFN, label="hidden units kept, %")]
+    if any(ffn is not None and not ffn.choice[0].isdecimal() for _, ffn in columns):
+        handles += [Patch(color=_LINEAR, label="linear layer, or two")]
     axes.set(xlim=(-0.55, len(columns) - 0.45), ylim=(-0.75, 1.5), xticks=range(len(columns)), yticks=(0, 1))
     axes.set_yticklabels(("FFN", "attention"))
     below = ["block; small numbers: patches that are left inside, where tokens are merged", *plan.everywhere]

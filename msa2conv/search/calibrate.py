@@ -156,13 +156,11 @@ def _groups(chosen: list[tuple[Site, Lever]]) -> Iterator[list[tuple[Site, Lever
 
 @contextmanager
 def _listening(net: Supernet, sites: list[Site], statistics: Mapping[str, Mapping[str, Statistics]]) -> Iterator[None]:
-    """Feed the statistics from hooks on the hosts of a lifted copy."""
-    handles = []
-    for site in {site.path: site for site in sites}.values():
-        host, every = net.nodes[site.path].host, tuple(statistics.get(site.path, {}).values())
+    """Feed the statistics from hooks on the hosts of a lifted copy, and on whole FFNs of it."""
+    handles: list[Any] = []
 
-        def see(_m: nn.Module, args: Any, kwargs: Any, out: Any, site: Site = site, every: Any = every) -> None:
-            name = site.io.x if isinstance(site, AttentionSite) else ""
+    def hear(site: Site, module: nn.Module, name: str, every: Iterable[Statistics]) -> None:
+        def see(_m: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
             x, out = args[0] if args else kwargs[name], out[0] if isinstance(out, tuple) else out
             if not torch.isfinite(out).all():
                 raise NonFiniteValue(
@@ -172,7 +170,14 @@ def _listening(net: Supernet, sites: list[Site], statistics: Mapping[str, Mappin
             for sums in every:
                 sums.update(x, out)
 
-        handles.append(host.register_forward_hook(see, with_kwargs=True))
+        handles.append(module.register_forward_hook(see, with_kwargs=True))
+
+    for site in {site.path: site for site in sites}.values():
+        every = statistics.get(site.path, {}).values()
+        whole, others = ([sums for sums in every if sums.whole_ffn is kind] for kind in (True, False))
+        hear(site, net.nodes[site.path].host, site.io.x if isinstance(site, AttentionSite) else "", others)
+        if whole and site.merging is not None:
+            hear(site, net.model.get_submodule(site.path), site.merging.io.x, whole)
     try:
         yield
     finally:

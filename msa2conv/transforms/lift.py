@@ -26,7 +26,15 @@ class Wrapping:
     inner: Branch | None
 
 
-Branch = nn.Module | Wrapping | Shorten
+@dataclass(frozen=True)
+class InPlace:
+    """A branch in the place of a whole FFN, and not of its output layer alone."""
+
+    path: str
+    module: nn.Module
+
+
+Branch = nn.Module | Wrapping | InPlace | Shorten
 
 
 class Supernet:
@@ -50,7 +58,11 @@ class Supernet:
             wrap = option.edits[-1]
             assert isinstance(wrap, Wrap)
             return Wrapping(wrap, self.branch(option.inner) if option.inner.edits else None)
-        return realise(option, self.sites[option.site], self.nodes[option.site].host)
+        site = self.sites[option.site]
+        if isinstance(site, FFNSite) and isinstance(option.edits[0], Replace):
+            host = submodule(self.model, site.path)
+            return InPlace(site.path, edited(host, site.path, option.edits, option.tensors()))
+        return realise(option, site, self.nodes[option.site].host)
 
     def branches(self, choices: Mapping[str, Option]) -> dict[str, Branch]:
         """{site path: branch} of every choice other than the host."""
@@ -69,6 +81,10 @@ class Supernet:
             blocks = submodule(self.model, path)
             replace_submodule(self.model, path, branch.spec.build(blocks).train(blocks.training))
             stack.callback(replace_submodule, self.model, path, blocks)
+            return
+        if isinstance(branch, InPlace):
+            stack.callback(replace_submodule, self.model, branch.path, submodule(self.model, branch.path))
+            replace_submodule(self.model, branch.path, branch.module)
             return
         if isinstance(branch, Wrapping):
             if branch.inner is not None:

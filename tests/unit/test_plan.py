@@ -127,8 +127,9 @@ def test_edits_follow_the_choices(case: Case) -> None:
     for path, name in case.result.plan.choices.items():
         inner, merged, _ = name.partition("@")
         kept, _, total = inner.partition("/")
-        assert (path in edited) == (not total and inner != "attention")
-        assert (path in sliced) == (bool(total) and kept != total)
+        replaced = kept == "0" or kept.startswith("linear") if total else inner != "attention"
+        assert (path in edited) == replaced
+        assert (path in sliced) == (bool(total) and kept != total and not replaced)
         assert (path in wrapped) == bool(merged)
     assert edited | sliced | wrapped <= set(case.result.plan.choices)
 
