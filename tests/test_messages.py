@@ -441,7 +441,10 @@ def test_few_images_give_a_warning_and_a_stronger_ridge() -> None:
     [
         ({"levers": ()}, "levers: found []; expected at least one lever, each once. For example …('mixer', 'ffn')."),
         ({"levers": ("ffn", FFN())}, "levers: found ['ffn', 'ffn']; expected at least one lever, each once. …"),
-        ({"levers": "conv"}, "levers: found 'conv'; expected names out of ['ffn', 'merge_in_site', … or 'all'. …"),
+        (
+            {"levers": "conv"},
+            "levers: found 'conv'; expected names out of ['ffn', 'linear_ffn', 'merge_in_site', … or 'all'. …",
+        ),
         ({"levers": ("ffn", "heads")}, "levers: found 'heads'; expected names out of ['ffn', … or 'all'. …"),
         ({"levers": (3,)}, "levers: found …; expected …. For example levers=('mixer', 'ffn')."),
         ({"levers": 3}, "levers: found 3; expected names or levers. For example levers=('mixer', 'ffn')."),

@@ -21,6 +21,7 @@ NAMES = [
     "FFNSite",
     "Gates",
     "Layout",
+    "LinearFFN",
     "MergeInSite",
     "MergeTokens",
     "Mixer",

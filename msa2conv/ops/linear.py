@@ -56,7 +56,7 @@ class LinearMixer(TokenMixer):
         x = x.movedim(1, -1) if self.channels_first else x
         if self.expand is None:
             assert self.bias is not None
-            out = self.bias.to(x.dtype).expand_as(x)
+            out = self.bias.to(x.dtype).expand_as(x).clone()  # who called may add to it in place
         else:
             out = self.expand(x if self.reduce is None else self.reduce(x))
         return out.movedim(-1, 1) if self.channels_first else out

@@ -165,6 +165,11 @@ def test_it_costs_what_its_layers_cost(rank: int, arrangement: Arrangement) -> N
     assert isinstance(mixer, LinearMixer)
     x = arranged(tokens(count=1), arrangement)
     assert flops_by_module(mixer, x)[""] == spec.flops(COUNT) == COUNT * DIM * {0: 0, 3: 6, DIM: DIM}[rank]
+    kept = {name: value.clone() for name, value in mixer.state_dict().items()}
+    with torch.no_grad():
+        mixer(x).add_(x)
+        mixer(arranged(tokens(count=1)[:, :1], arrangement)).add_(1.0)  # where expanding would give the bias itself
+    assert all(torch.equal(value, kept[name]) for name, value in mixer.state_dict().items())
     assert mixer(x).shape == x.shape and mixer.double()(x.double()).dtype == torch.float64
 
 
