@@ -3,7 +3,7 @@
     python -m benchmarks.ffns --data FOLDER --weights vit_tiny_patch16_224.safetensors
 
 One FFN at a time, without any training. FOLDER holds the images of the league (`python -m benchmarks list` says which);
-of each network half of the images calibrate, the others evaluate. Time: of the module by itself, in turn with the FFN.
+time is that of the module by itself, in turn with the FFN.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--weights", type=Path, required=True, help="of the ViT-Ti")
-    parser.add_argument("--images", type=int, default=256, help="of each network that calibrate")
+    parser.add_argument("--images", type=int, default=128, help="that calibrate; as many others evaluate")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -48,13 +48,13 @@ def main() -> None:
         weights = args.weights if name == "ViT-Ti" else None
         stage = Stage.prepare(read_experiment(tier, experiment), args.data, weights)
         images, _ = stage.context(args.seed).calibration()
-        rows += of_network(name, stage.parent, images[: args.images], stage.data.test.sample(256)[0], args.seed)
+        rows += of_network(name, stage.parent, images[: args.images], stage.data.test.sample(args.images)[0], args.seed)
     write(
         "ffns",
         "python -m benchmarks.ffns --data FOLDER --weights vit_tiny_patch16_224.safetensors",
         args.seed,
         rows,
-        f"""KL to the original on 256 images with one FFN changed, not trained; calibrated on {args.images} others.
+        f"""KL to the original on {args.images} images with one FFN changed, not trained; calibrated on as many others.
         Constant, pair, linear: the lever linear_ffn, a pair of layers a quarter as wide as the stream; the others: the
         lever ffn, so many of the hidden units kept. FLOPs and time: over the FFN's own, of the last in the network;
         medians of calls in turn.""",
@@ -100,14 +100,20 @@ def columns(options: list[Option]) -> dict[str, Option]:
 
 def times(model: nn.Module, path: str, options: dict[str, Option], inputs: Tensor) -> dict[str, str]:
     """{what it is: time over the FFN's}."""
-    caught: list[Tensor] = []
-    handle = model.get_submodule(path).register_forward_pre_hook(lambda _m, given: caught.append(given[0]))
+    caught: dict[str, Tensor] = {}
+    places = {name: model.get_submodule(name) for name in (path, path.rpartition(".")[0])}
+    handles = [
+        module.register_forward_pre_hook(lambda _m, given, name=name: caught.update({name: given[0]}))
+        for name, module in places.items()
+    ]
     model(inputs)
-    handle.remove()
-    host = model.get_submodule(path)
+    for handle in handles:
+        handle.remove()
+    host, block = places.values()
     modules = {"host": host} | {name: edited(host, path, each.edits, each.tensors()) for name, each in options.items()}
-    calls = {name: partial(module, caught[0]) for name, module in modules.items()}
-    samples = interleaved(calls, inputs.device, 60, ahead=partial(model, inputs), repeated=False)
+    calls = {name: partial(module, caught[path]) for name, module in modules.items()}
+    ahead = partial(block, caught[path.rpartition(".")[0]])  # so that nothing lies in a cache already
+    samples = interleaved(calls, inputs.device, 60, ahead=ahead, repeated=False)
     return {name: f"{samples.ratio(name, 'host'):.2f}" for name in options}
 
 
