@@ -9,6 +9,7 @@ time is that of the module by itself, in turn with the FFN.
 from __future__ import annotations
 
 import argparse
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,8 @@ def times(model: nn.Module, path: str, options: dict[str, Option], inputs: Tenso
     host, block = places.values()
     modules = {"host": host} | {name: edited(host, path, each.edits, each.tensors()) for name, each in options.items()}
     calls = {name: partial(module, caught[path]) for name, module in modules.items()}
-    ahead = partial(block, caught[path.rpartition(".")[0]])  # so that nothing lies in a cache already
+    # Before each, a copy of the block: what is timed lies in no cache, the FFN itself as little as what replaces it.
+    ahead = partial(deepcopy(block), caught[path.rpartition(".")[0]])
     samples = interleaved(calls, inputs.device, 60, ahead=ahead, repeated=False)
     return {name: f"{samples.ratio(name, 'host'):.2f}" for name in options}
 
