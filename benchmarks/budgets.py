@@ -16,7 +16,7 @@ import torch
 
 import msa2conv
 from msa2conv.api import calibrate, inspect, make_plan
-from msa2conv.cost import count_flops
+from msa2conv.flops import count_flops
 from msa2conv.search.solve import solve_settings
 
 from .common import write

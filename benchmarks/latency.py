@@ -23,8 +23,8 @@ from torch import nn
 
 import msa2conv
 from msa2conv import Plan
-from msa2conv.cost import count_flops
 from msa2conv.evaluate import latency
+from msa2conv.flops import count_flops
 from msa2conv.levers import DEFAULT
 from msa2conv.plan import Shorten, Wrap, fingerprint
 from msa2conv.stopwatch import Samples

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
         make_plan as make_plan,
     )
     from .conversion import write_report as write_report
-    from .cost import CostModel as CostModel, count_flops as count_flops
+    from .cost import CostModel as CostModel
     from .exporting import export_onnx as export_onnx, export_program as export_program
+    from .flops import count_flops as count_flops
     from .folding import fold_norms as fold_norms, streamline as streamline
     from .gate_search import Search as Search, prepare as prepare
     from .gate_training import train_gates as train_gates
@@ -80,7 +81,7 @@ _WHERE = {
     "calibrate": "api",
     "choose": "api",
     "convert": "api",
-    "count_flops": "cost",
+    "count_flops": "flops",
     "distill": "train.distill",
     "discover": "inspection",
     "export_onnx": "exporting",

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .conversion import Conversion
-from .cost import flops_by_module
 from .data import views_or_noise
 from .errors import InvalidArgument, LawViolation
+from .flops import flops_by_module
 from .laws import surest
 from .observation import tensors_of
 from .plan import Edit, Plan, Replace, parameter_count

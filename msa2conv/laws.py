@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cost import CostModel, count_flops
+from .cost import CostModel
 from .errors import LawViolation
+from .flops import count_flops
 from .merging import Merged
 from .observation import tensors_of
 from .options import Option

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from .adapters.base import Adapter
 from .adapters.trial import FAR, displaced, projections_hold
 from .api import convert
-from .cost import count_flops
 from .errors import InvalidArgument, LawViolation
+from .flops import count_flops
 from .inspection import inspect
 from .laws import check_same
 from .options import Option

@@ -17,7 +17,7 @@ from versions import NARROW_ATTENTION
 
 import msa2conv
 from msa2conv import MergeInSite, ThinAttention
-from msa2conv.cost import count_flops
+from msa2conv.flops import count_flops
 from msa2conv.layouts import Layout
 from msa2conv.levers.merge_in_site import MergeRecord
 from msa2conv.merging import Merged

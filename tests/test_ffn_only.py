@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import msa2conv
-from msa2conv.cost import count_flops
 from msa2conv.errors import InfeasibleBudget, NoSitesFound
+from msa2conv.flops import count_flops
 
 WARNING = "no attention can become a convolution, only FFNs can be narrowed: "
 FUSED = "blocks.0 and 1 more (ParallelScalingBlock): attention and FFN share one projection: the attention is not a "

@@ -30,6 +30,7 @@ RANKS = [
     ("transforms",),
     ("adapters",),
     ("workbench", "data"),
+    ("flops",),
     ("cost",),
     ("levers",),
     ("search",),
@@ -48,7 +49,7 @@ RANKS = [
 ]
 ALLOWED = {("storage", "adapters.build")}  # load() rebuilds the base model where the Plan knows how
 ONLY_IN = {
-    "fvcore": ("cost",),
+    "fvcore": ("flops",),
     "torch_pruning": ("transforms.groups",),
     "timm": ("adapters", "train"),
     "accelerate": ("train",),
@@ -158,7 +159,7 @@ def test_every_package_with_one_importer_is_imported_there() -> None:
         ("storage", "from .adapters.declared import x", "storage imports adapters.declared, which stands above it"),
         ("api", "import timm.layers", "api imports timm, which only adapters and train may"),
         ("levers.ffn", "def f():\n    import scipy", "levers.ffn imports scipy, which only search.solve may"),
-        ("api", "from fvcore.nn import x", "api imports fvcore, which only cost may"),
+        ("api", "from fvcore.nn import x", "api imports fvcore, which only flops may"),
     ],
 )
 def test_the_check_can_fail(name: str, line: str, offence: str) -> None:

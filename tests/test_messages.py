@@ -369,7 +369,7 @@ def test_operator_without_a_rule(refused: Refused) -> None:
 
     text = (
         "Fourier: found operators without a FLOPs rule: aten::fft_fft (1x), aten::real (1x); expected operators that "
-        "the counter knows. Add them to msa2conv.cost (ZERO_FLOPS, or a handle) rather than report a wrong figure."
+        "the counter knows. Add them to msa2conv.flops (ZERO_FLOPS, or a handle) rather than report a wrong figure."
     )
     with refused(UncountedOperator, text):
         msa2conv.count_flops(Fourier(), torch.zeros(1, 8))

@@ -104,7 +104,7 @@ def test_doctests(name: str) -> None:
 
 def test_there_are_doctests() -> None:
     finder = doctest.DocTestFinder()
-    examples = [test.examples for name in ("layouts", "cost", "targets") for test in finder.find(module(name))]
+    examples = [test.examples for name in ("layouts", "flops", "targets") for test in finder.find(module(name))]
     assert sum(map(len, examples)) >= 5
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from msa2conv.cost import flops_by_module
+from msa2conv.flops import flops_by_module
 from msa2conv.search.measure import distance, first_tensor
 from msa2conv.stopwatch import interleaved
 

@@ -16,8 +16,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from msa2conv.api import versions
-from msa2conv.cost import count_flops
 from msa2conv.errors import Msa2ConvError
+from msa2conv.flops import count_flops
 from msa2conv.plan import parameter_count, weights_sha256
 
 from ..common import device_name

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from msa2conv.cost import count_flops
+from msa2conv.flops import count_flops
 
 from .base import Context
 from .ours import converted

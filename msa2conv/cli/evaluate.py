@@ -11,10 +11,10 @@ from rich.table import Table
 from torch import nn
 
 from ..conversion import EVALUATION_FILE, write_report
-from ..cost import count_flops
 from ..data import image_folder
 from ..evaluate import Accuracy, evaluate, latency
 from ..files import write_json
+from ..flops import count_flops
 from ..plan import Preprocessing, parameter_count
 from ..report.evaluation import Evaluation, Measured
 from ..report.page import PAGE_FILE, can_draw

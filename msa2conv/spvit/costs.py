@@ -12,8 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ..cost import flops_by_module
 from ..errors import ArchitectureMismatch
+from ..flops import flops_by_module
 from ..ops import Conv
 from ..plan import Plan, Replace, parameter_count
 from ..search.gates import GateCosts

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from ..conversion import Conversion, decided_report
-from ..cost import count_flops
+from ..flops import count_flops
 from ..gate_search import Search
 from ..gate_training import remembered, run_search
 from ..plan import weights_sha256

@@ -11,8 +11,8 @@ from torch import nn
 
 from ..adapters.build import build, find_builder
 from ..conversion import Conversion
-from ..cost import count_flops
 from ..errors import ArchitectureMismatch, InvalidArgument
+from ..flops import count_flops
 from ..plan import fingerprint, parameter_count
 from ..workbench import own_randomness, unwrap
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import msa2conv
 from msa2conv import Conversion, Gates, Search
-from msa2conv.cost import count_flops
 from msa2conv.errors import InfeasibleBudget
+from msa2conv.flops import count_flops
 from msa2conv.options import Option
 from msa2conv.plan import Plan
 from msa2conv.workbench import working_copy

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import msa2conv
 from msa2conv import errors
-from msa2conv.cost import count_flops
+from msa2conv.flops import count_flops
 from msa2conv.folding import PASSES
 from msa2conv.laws import decision_margins, surest
 from msa2conv.layouts import Layout

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from msa2conv.cost import _counted, count_flops, flops_by_module
 from msa2conv.errors import UncountedOperator
+from msa2conv.flops import count_flops, flops_by_module, traced_flops
 from msa2conv.ops import IO, Skip
 from msa2conv.plan import Replace
 from msa2conv.transforms.apply import apply_edits
@@ -166,7 +166,7 @@ def test_pytorchs_fast_path_costs_what_its_slow_path_costs(build: Callable[[], n
         (lambda x: torch.baddbmm(torch.zeros(1, 4, 4), x, x.transpose(1, 2)), 4 * 6 * 4),
     ],
 )
-def test_operators_are_counted_exactly(function: object, flops: int) -> None:
+def test_operators_aretraced_flops_exactly(function: object, flops: int) -> None:
     assert count_flops(Calls(function), torch.zeros(1, 4, 6)) == flops
 
 
@@ -176,7 +176,7 @@ def test_an_unknown_operator_raises(function: object) -> None:
         count_flops(Calls(function), torch.ones(1, 4, 6))
 
 
-def test_only_one_image_is_counted_and_the_model_is_left_alone() -> None:
+def test_only_one_image_istraced_flops_and_the_model_is_left_alone() -> None:
     model = nn.Sequential(nn.Linear(8, 4), nn.Dropout()).train()
     assert count_flops(model, torch.zeros(5, 8)) == 32
     assert model.training and model[1].training
@@ -194,5 +194,5 @@ def test_the_cost_of_any_width_is_linear_in_its_units(case: Case) -> None:
 def test_measuring_leaves_no_hook_behind(case: Case) -> None:
     hybrid = case.hybrid({site.path: case.options[site.path][-1] for site in case.seen.claims.attentions}).model
     for model in (case.work, hybrid):
-        _counted(model, case.images[:1])
+        traced_flops(model, case.images[:1])
         assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())

@@ -14,7 +14,7 @@ from versions import NARROW_ATTENTION
 
 import msa2conv
 from msa2conv import Calibration, Conversion, ThinAttention
-from msa2conv.cost import count_flops
+from msa2conv.flops import count_flops
 from msa2conv.levers.fewer_heads import HeadStatistics
 from msa2conv.observation import Call
 from msa2conv.sites import AttentionSite, HeadUnits

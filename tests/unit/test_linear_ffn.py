@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import msa2conv
 from msa2conv import LinearFFN, MergeTokens
-from msa2conv.cost import CostModel, count_flops, flops_by_module
+from msa2conv.cost import CostModel
+from msa2conv.flops import count_flops, flops_by_module
 from msa2conv.layouts import Layout
 from msa2conv.levers import floor, resolve_levers
 from msa2conv.levers.linear_ffn import Fitted, LinearRecord

@@ -13,7 +13,7 @@ from torch import nn
 
 import msa2conv
 from msa2conv import Calibration, Conversion, MergeInSite, MergeTokens, Stage
-from msa2conv.cost import count_flops
+from msa2conv.flops import count_flops
 from msa2conv.levers import DEFAULT, floor, resolve_levers
 from msa2conv.levers.base import host_option
 from msa2conv.levers.merge_tokens import StreamRecord

@@ -146,7 +146,7 @@ def test_groups_do_not_see_each_other() -> None:
 
 def test_comparisons_are_what_is_counted() -> None:
     """8 tokens to 3: rounds of 8, 6 and 4 tokens, 4 x 4, 3 x 3 and 2 x 2 comparisons."""
-    from msa2conv.cost import count_flops
+    from msa2conv.flops import count_flops
 
     spec = Merge(count=8, keep=3)
     assert rounds(8, 3) == [(8, 2), (6, 2), (4, 1)] and spec.flops == 16 + 9 + 4

@@ -195,7 +195,7 @@ def test_malformed_levers_are_refused(fields: dict[str, object]) -> None:
 
 def test_it_costs_what_it_says() -> None:
     """The formula, on any number of tokens, against the counter."""
-    from msa2conv.cost import count_flops
+    from msa2conv.flops import count_flops
 
     for heads, qk_dim, v_dim, tokens in ((3, 4, 8, 17), (1, 16, 2, 5)):
         spec = Attend(dim=24, heads=heads, qk_dim=qk_dim, v_dim=v_dim, scale=1.0)

@@ -18,8 +18,8 @@ from versions import NARROW_ATTENTION
 
 import msa2conv
 from msa2conv import Calibration, Conversion, Stage, Width
-from msa2conv.cost import count_flops
 from msa2conv.errors import InvalidArgument
+from msa2conv.flops import count_flops
 from msa2conv.laws import LOWERING, check_same
 from msa2conv.levers import resolve_levers
 from msa2conv.levers.narrow import _Regression, narrowed
