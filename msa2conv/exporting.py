@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -144,9 +145,9 @@ def export_program(
         for name in ("nn_module_stack", "source_fn_stack", "stack_trace", "from_node", "torch_fn"):
             node.meta.pop(name, None)
     with atomic_write(path) as temporary:
-        with temporary.open("wb") as file:
+        with temporary.open("wb") as file, _quiet():
             torch.export.save(program, file)
-        with temporary.open("rb") as file, torch.no_grad():
+        with temporary.open("rb") as file, _quiet(), torch.no_grad():
             run = torch.export.load(file).module()
             answers = [tensors_of(run(part)) for part in torch.split(checked, len(checked) if dynamic_batch else 1)]
         found = [torch.cat([each[i] for each in answers]) for i in range(len(answers[0]))]
@@ -180,11 +181,25 @@ def _prepared(
 
 
 @contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters talk about their own insides, which is no matter of the user's: the file is checked anyway."""
+    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in ("onnx_ir", "torch.onnx")}
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in loggers.items():
+            logger.setLevel(level)
+
+
+@contextmanager
 def _exporting(model: nn.Module, what: str) -> Iterator[None]:
     """Turn whatever an exporter raises into one error that names what it could not do."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quiet():
             yield
     except Exception as error:
         deepest: BaseException = error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -57,12 +58,16 @@ def answers(model: nn.Module, inputs: Tensor) -> Tensor:
     ("how", "dynamic"),
     sampled([("onnx", True), ("pt2", False), ("onnx", False), ("pt2", True)], 2),
 )
-def test_a_file_answers_like_the_hybrid_where_there_is_no_msa2conv(how: str, dynamic: bool, tmp_path: Path) -> None:
+def test_a_file_answers_like_the_hybrid_where_there_is_no_msa2conv(
+    how: str, dynamic: bool, tmp_path: Path, recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture
+) -> None:
     result = converted() if dynamic else replaced("swin")
     before, size = snapshot(result.model), result.plan.base.input_size[-1]
     write, code = (msa2conv.export_onnx, ONNX) if how == "onnx" else (msa2conv.export_program, PROGRAM)
     exported = write(result, tmp_path / f"hybrid.{how}", images=images(8, size), dynamic_batch=dynamic)
     assert snapshot(result.model) == before
+    said = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert not recwarn.list and not said, "exporters speak of their own insides"
     assert exported.images == 8 and exported.difference <= 1e-4 and how in str(exported.path)
     assert b"msa2conv" not in exported.path.read_bytes()
     inputs = msa2conv.laws.surest(result.model, images(24, size, seed=1), 3 if dynamic else 1)
