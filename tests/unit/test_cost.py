@@ -166,7 +166,7 @@ def test_pytorchs_fast_path_costs_what_its_slow_path_costs(build: Callable[[], n
         (lambda x: torch.baddbmm(torch.zeros(1, 4, 4), x, x.transpose(1, 2)), 4 * 6 * 4),
     ],
 )
-def test_operators_aretraced_flops_exactly(function: object, flops: int) -> None:
+def test_operators_are_counted_exactly(function: object, flops: int) -> None:
     assert count_flops(Calls(function), torch.zeros(1, 4, 6)) == flops
 
 
@@ -176,7 +176,7 @@ def test_an_unknown_operator_raises(function: object) -> None:
         count_flops(Calls(function), torch.ones(1, 4, 6))
 
 
-def test_only_one_image_istraced_flops_and_the_model_is_left_alone() -> None:
+def test_only_one_image_is_counted_and_the_model_is_left_alone() -> None:
     model = nn.Sequential(nn.Linear(8, 4), nn.Dropout()).train()
     assert count_flops(model, torch.zeros(5, 8)) == 32
     assert model.training and model[1].training
