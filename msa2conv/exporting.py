@@ -183,16 +183,15 @@ def _prepared(
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Exporters talk about their own insides, which is no matter of the user's: the file is checked anyway."""
-    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in ("onnx_ir", "torch.onnx")}
+    logger = logging.getLogger("onnx_ir")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in loggers.items():
-            logger.setLevel(level)
+        logger.setLevel(level)
 
 
 @contextmanager
